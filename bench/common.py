@@ -1,0 +1,102 @@
+"""What every benchmark shares: arguments, results that resume, tables, the last line of JSON."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """`--quick`: end within a minute on 2 cores; `--fresh`: forget saved parts of a full run."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--quick", action="store_true", help="shrunk, ends within a minute; prints every key"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure everything again instead of resuming"
+    )
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__,
+            "python": platform.python_version()}  # fmt: skip
+
+
+class Parts:
+    """Measured parts of one benchmark, saved one by one so that a full run can resume."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.path = RESULTS / f"{name}.parts.json"
+        self.quick = args.quick
+        self.saved: dict[str, Any] = {}
+        if not args.quick and not args.fresh and self.path.exists():
+            self.saved = json.loads(self.path.read_text())
+
+    def measure(self, key: str, function: Callable[[], Any]) -> Any:
+        """The saved value of `key`, or `function()`'s, saved."""
+        if key not in self.saved:
+            self.saved[key] = function()
+            if not self.quick:
+                RESULTS.mkdir(exist_ok=True)
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(self.saved))
+                temporary.replace(self.path)
+        return self.saved[key]
+
+    def finish(self, name: str, summary: dict[str, Any], seeds: Sequence[int], detail: Any) -> None:
+        """Keep a full run's output in `bench/results/NAME.json`; print the last line of JSON."""
+        summary = summary | {"quick": self.quick}
+        if not self.quick:
+            record = {
+                "summary": summary, "detail": detail, "seeds": list(seeds), "machine": machine(),
+                "command": f"python -m bench.{name}", "commit": commit(),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            }  # fmt: skip
+            (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            self.path.unlink(missing_ok=True)
+        print(json.dumps(summary))
+        sys.stdout.flush()
+
+
+def commit() -> str:
+    """The checked-out commit, with a mark if the tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return (head.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table, first column left, the others right."""
+    made = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*map(str, row))
+    Console(width=max(100, Console().width)).print(made)

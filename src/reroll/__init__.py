@@ -1,0 +1,3 @@
+"""reroll: reinforcement learning with verifiable rewards on language models, rollouts made cheap."""
+
+__version__ = "0.1.0"

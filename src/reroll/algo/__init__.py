@@ -1,0 +1,1 @@
+"""Pure functions on tensors and lists: noise, sampling, acceptance, advantages, losses."""

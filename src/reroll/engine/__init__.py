@@ -1,0 +1,1 @@
+"""Engines: requests in, events out; token ids only, no tokenizer inside."""

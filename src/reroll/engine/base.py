@@ -1,0 +1,109 @@
+"""The engine contract: one poll-driven object that turns requests into events.
+
+`submit` queues, `step` does one tick and reports what happened, `abort` takes requests out and
+gives what each had so far. Nothing here knows about text, rewards or training. Whoever stands
+behind the contract, the tokens of a request depend on its key and on the weights alone: not on
+the batch, the slot, the order, interruptions or drafts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from reroll.types import Completion, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request ended by itself: stop id or limit."""
+
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A request reached one of its probe positions."""
+
+    request_id: int
+    position: int
+    """completion tokens drawn so far, prefix included"""
+    features: torch.Tensor
+    """last hidden state `[H]` after reading that many completion tokens"""
+
+
+Event = Finished | Probed
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do; what it cannot is refused when the run starts."""
+
+    lossless_drafts: bool = False
+    lenient_drafts: bool = False
+    hidden_states: bool = False
+    priorities: bool = False
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the engine was made; `running` and `waiting` are of now."""
+
+    capacity: int = 0
+    running: int = 0
+    waiting: int = 0
+    ticks: int = 0
+    tokens_prefilled: int = 0
+    """prompt, prefix and resumed tokens run through the model (shared rows once, no padding)"""
+    tokens_verified: int = 0
+    """draft tokens run through the model"""
+    tokens_reused: int = 0
+    """draft tokens accepted"""
+    tokens_decoded: int = 0
+    """tokens run through the model one by one"""
+    tokens_drawn: int = 0
+    """completion tokens drawn; the first of a request comes with its prefill"""
+    context: dict[str, int] = field(
+        default_factory=lambda: {"prefill": 0, "verify": 0, "decode": 0}
+    )
+    """sum over those tokens of the tokens each attended to, by category (for FLOPs)"""
+    seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
+    """prefill includes verification: they share forwards"""
+
+
+class Engine(Protocol):
+    """What `rollout/collect.py` needs of an engine."""
+
+    policy_version: int
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        ...
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises UserError when it can never fit."""
+        ...
+
+    def step(self) -> list[Event]:
+        """One tick: admit, draw one token (or a verified run of them) a slot, report."""
+        ...
+
+    def abort(self, ids: Iterable[int] | None, reason: str) -> list[Completion]:
+        """Take these requests (None: all) out; each completion holds what it had so far."""
+        ...
+
+    def score(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+    ) -> list[list[float]]:
+        """Tempered log-probs of each (context, continuation)'s continuation tokens."""
+        ...
+
+    def load_weights(self, version: int) -> None:
+        """Take the trainer's weights as policy `version`. Raises ValueError if requests run."""
+        ...
+
+    def stats(self) -> Stats:
+        """The counters; a live object, copy it to keep."""
+        ...

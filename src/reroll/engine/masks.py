@@ -1,0 +1,57 @@
+"""The attention mask of a decode tick, in the form that the model takes.
+
+Most models take one 4-D mask for all layers. Models whose configuration lists layer types
+(full, sliding) take a mask for each type. Models with one window for every layer (Mistral, Phi-3,
+StarCoder2) take one mask with the window in it. Eager attention adds its mask to the scores, the
+others want booleans. The start-up self-check finds out whether the form chosen here is right.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+Mask = torch.Tensor | dict[str, torch.Tensor]
+
+
+class MaskStyle(NamedTuple):
+    """How a model wants to be told what each token may see."""
+
+    window: int | None
+    """tokens a sliding layer sees, its own included"""
+    by_layer_type: bool
+    additive: bool
+
+
+def mask_style(config: PreTrainedConfig) -> MaskStyle:
+    """Read the style off a model's configuration."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None) or []
+    window = getattr(text, "sliding_window", None)
+    by_layer_type = "sliding_attention" in types
+    if types and not by_layer_type:
+        window = None  # a window that no layer uses
+    return MaskStyle(window, by_layer_type, text._attn_implementation == "eager")
+
+
+def decode_mask(style: MaskStyle, lengths: torch.Tensor, longest: int, dtype: torch.dtype) -> Mask:
+    """Mask `[active, 1, 1, longest]` for tokens at positions `lengths` (`[active]`), each seeing
+    itself and what stands before it in its slot; a dictionary by layer type where needed."""
+    index = torch.arange(longest, device=lengths.device)
+    full = index <= lengths[:, None]
+    if style.window is None:
+        return _shape(full, style.additive, dtype)
+    sliding = full & (index > lengths[:, None] - style.window)
+    if not style.by_layer_type:
+        return _shape(sliding, style.additive, dtype)
+    return {
+        "full_attention": _shape(full, style.additive, dtype),
+        "sliding_attention": _shape(sliding, style.additive, dtype),
+    }
+
+
+def _shape(seen: torch.Tensor, additive: bool, dtype: torch.dtype) -> torch.Tensor:
+    if additive:
+        lowest = torch.finfo(dtype).min
+        seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
+    return seen[:, None, None, :]

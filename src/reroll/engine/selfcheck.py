@@ -1,0 +1,93 @@
+"""Can the embedded engine serve this model? Decided by trying, not by a list of names.
+
+At start, three short ragged sequences are decoded greedily through the slot cache, and each
+one's log-probs are compared with a plain forward of the same module over the finished text. A
+sliding window longer than the check's sequences is shortened for its duration, so that its mask
+is tried too. A model that fails is refused with the reason and with what to use instead.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from reroll.engine.base import Finished
+from reroll.engine.local import LocalEngine
+from reroll.errors import UserError
+from reroll.types import Request, Sampling
+
+_LENGTHS = (3, 9, 6)
+_NEW = 8
+_WINDOW = 5
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+
+
+def check_servable(
+    model: PreTrainedModel, *, slots: int = 2, autocast: torch.dtype | None = None
+) -> float:
+    """Largest log-prob difference between slot decoding and plain forwards, in nats.
+
+    Raises UserError, with the reason, when the model cannot be served.
+    """
+    if model.config.is_encoder_decoder:
+        raise _refusal(model, "it is an encoder-decoder")
+    try:
+        with _short_window(model):
+            difference = _decode_and_compare(model, slots, autocast)
+    except UserError:
+        raise
+    except Exception as error:  # whatever an unknown architecture does wrong, it cannot be served
+        reason = (str(error).splitlines() or [""])[0]
+        raise _refusal(model, f"its forward failed: {type(error).__name__}: {reason}") from None
+    tolerance = _TOLERANCE[autocast or model.dtype]
+    if not difference <= tolerance:
+        reason = "its attention state is not plain keys and values, or it takes another mask"
+        raise _refusal(
+            model,
+            f"decoding in slots differs from plain forwards by {difference:.2g} nats (at most "
+            f"{tolerance:g} is float noise): {reason}",
+        )
+    return difference
+
+
+def _decode_and_compare(model: PreTrainedModel, slots: int, autocast: torch.dtype | None) -> float:
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    prompts = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n)] for i, n in enumerate(_LENGTHS)]
+    capacity = max(_LENGTHS) + _NEW
+    engine = LocalEngine(model, slots=slots, capacity=capacity, autocast=autocast)
+    sampling = Sampling(max_tokens=_NEW, temperature=0.0)
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(index, tuple(prompt), key=0, sampling=sampling))
+    found = {}
+    while len(found) < len(prompts):
+        for event in engine.step():
+            assert isinstance(event, Finished)
+            found[event.completion.request_id] = event.completion
+    scored = engine.score([(p, found[i].token_ids) for i, p in enumerate(prompts)])
+    decoded = [torch.tensor(found[i].logprobs, dtype=torch.float64) for i in range(len(prompts))]
+    plain = [torch.tensor(row, dtype=torch.float64) for row in scored]
+    return max((a - b).abs().max().item() for a, b in zip(decoded, plain, strict=True))
+
+
+@contextmanager
+def _short_window(model: PreTrainedModel) -> Iterator[None]:
+    """Shorten a long sliding window while checking: both sides read it from the configuration."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if window is None or window <= max(_LENGTHS):
+        yield
+        return
+    config.sliding_window = _WINDOW
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> UserError:
+    kind = model.config.model_type
+    return UserError(
+        f"model.path: the embedded engine cannot serve this model ({kind}): {reason}; use a "
+        "decoder-only model with ordinary attention (Llama, Qwen, Mistral, Gemma, Phi, OLMo, GPT-2, ...)"
+    )

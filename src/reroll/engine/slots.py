@@ -1,0 +1,127 @@
+"""Slot key/value cache: preallocated `[slots, heads, capacity, width]` per layer, read as views.
+
+A `transformers` Cache that an unmodified model updates while it decodes. Running sequences stay
+packed in slots 0..active-1, so attention reads a view of the first `active` slots up to the
+longest length in use: no gather, no copy. Who writes what:
+
+    [0, length)          written: by `load` (prefilled rows) and then one token a tick by `update`
+    [length, longest)    stale: other sequences' longer slots; hidden by the mask
+    [longest, capacity)  not read this tick
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from reroll.errors import UserError
+
+
+class LayerShape(NamedTuple):
+    """Key and value shape of one layer: heads, widths, dtype."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's slots. `write_at` and the view's bounds are set by the owning `SlotCache`."""
+
+    is_sliding = False
+
+    def __init__(self, shape: LayerShape, slots: int, capacity: int, device: torch.device) -> None:
+        super().__init__()
+        size = (slots, shape.heads, capacity)
+        # zeros, not empty: stale memory could hold nan, and nan times a masked 0 is still nan
+        self.keys = torch.zeros(*size, shape.key_width, dtype=shape.dtype, device=device)
+        self.values = torch.zeros(*size, shape.value_width, dtype=shape.dtype, device=device)
+        self.is_initialized = True
+        self.rows = torch.empty(0, dtype=torch.long)
+        self.write_at = torch.empty(0, dtype=torch.long)
+        self.longest = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: slots are made at once."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token a row (`[active, heads, 1, width]`); return views up to `longest`."""
+        active = len(self.rows)
+        self.keys[self.rows, :, self.write_at] = key_states[:, :, 0]
+        self.values[self.rows, :, self.write_at] = value_states[:, :, 0]
+        return self.keys[:active, :, : self.longest], self.values[:active, :, : self.longest]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys that attention sees."""
+        return self.longest, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before this tick's, in the longest slot (models ask; positions are explicit)."""
+        return self.longest - 1
+
+    def get_max_length(self) -> int:
+        """Tokens a slot can hold."""
+        return self.keys.shape[2]
+
+
+class SlotCache(Cache):
+    """All layers' slots."""
+
+    layers: list[SlotLayer]
+
+    def __init__(
+        self, shapes: list[LayerShape], slots: int, capacity: int, device: torch.device
+    ) -> None:
+        super().__init__(layers=[SlotLayer(shape, slots, capacity, device) for shape in shapes])
+        self.slots, self.capacity = slots, capacity
+
+    def begin_tick(self, lengths: torch.Tensor, longest: int) -> None:
+        """This tick writes token `lengths[i]` of slot i, for the first `len(lengths)` slots."""
+        rows = torch.arange(len(lengths), device=lengths.device)
+        for layer in self.layers:
+            layer.rows, layer.write_at, layer.longest = rows, lengths, longest
+
+    def load(self, slots: list[int], source: DynamicCache, row: int, length: int) -> None:
+        """Copy the first `length` tokens of a prefilled row into each of `slots`."""
+        for layer, prefilled in zip(self.layers, source.layers, strict=True):
+            layer.keys[slots, :, :length] = prefilled.keys[row, :, :length]
+            layer.values[slots, :, :length] = prefilled.values[row, :, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a slot, to keep running sequences packed at the front."""
+        for layer in self.layers:
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
+
+
+def layer_shapes(prefilled: DynamicCache) -> list[LayerShape]:
+    """Shapes read off a prefilled cache, so that no model's configuration needs guessing."""
+    return [
+        LayerShape(
+            layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype
+        )
+        for layer in prefilled.layers
+    ]
+
+
+def slot_bytes(shapes: list[LayerShape]) -> int:
+    """Bytes of one token in one slot, all layers."""
+    return sum(s.heads * (s.key_width + s.value_width) * s.dtype.itemsize for s in shapes)
+
+
+def check_fits(shapes: list[LayerShape], slots: int, capacity: int, bound_gb: float) -> str:
+    """One line on the memory that the slots will take; UserError if it is over the bound."""
+    token, bound = slot_bytes(shapes), bound_gb * 2**30
+    total = token * slots * capacity
+    line = f"{slots} slots x {capacity} tokens x {token:,} bytes = {total / 2**30:.2f} GiB of cache"
+    if total > bound:
+        fewer, shorter = int(bound // (token * capacity)), int(bound // (token * slots))
+        raise UserError(
+            f"engine.cache_gb = {bound_gb}: {line}; what would fit: {fewer} slots of {capacity} tokens "
+            f"(engine.slots) or {slots} slots of {shorter} (task.max_prompt_tokens + rollout.max_tokens)"
+        )
+    return line

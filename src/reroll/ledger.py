@@ -1,0 +1,103 @@
+"""Ledger: tokens, FLOPs and seconds by category, added up over a run.
+
+Categories: prefill, verify, decode (engine), grade (grader processes, beside the engine), train
+(forward, backward, optimizer), sync (engine and trainer trading places: weights, checkpoints).
+
+FLOPs are counted, not measured: a forward of one token costs 2 for each parameter it passes (of a
+mixture of experts the routed ones only, embeddings looked up are free, the output head counted)
+and, for each token it attends to, 4 for each element of the query heads; a trained token costs
+three forwards, four with gradient checkpointing.
+"""
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+
+from transformers import PreTrainedModel
+
+from reroll.engine.base import Stats
+
+CATEGORIES = ("prefill", "verify", "decode", "grade", "train", "sync")
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """FLOPs of one token's forward: `per_token` + `per_context` for each token attended to."""
+
+    per_token: float
+    per_context: float
+
+    def flops(self, tokens: float, context: float) -> float:
+        """FLOPs of a forward over `tokens` that attend to `context` tokens in all."""
+        return self.per_token * tokens + self.per_context * context
+
+
+def cost_model(model: PreTrainedModel) -> CostModel:
+    """Read the sizes off the module."""
+    config = model.config.get_text_config()
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    total = sum(p.numel() for p in model.parameters())
+    passed = total - embedding.numel() + (head.numel() if head is embedding else 0)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if experts:
+        routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        passed -= routed * (1 - config.num_experts_per_tok / experts)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return CostModel(2.0 * passed, 4.0 * heads * width * config.num_hidden_layers)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Sums by category."""
+
+    tokens: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+
+    def add_engine(self, before: Stats, after: Stats, cost: CostModel) -> None:
+        """Book what the engine did between two copies of its counters.
+
+        Verification shares forwards with prefill; its seconds are its share of their tokens.
+        """
+        tokens = {
+            "prefill": after.tokens_prefilled - before.tokens_prefilled,
+            "verify": after.tokens_verified - before.tokens_verified,
+            "decode": after.tokens_decoded - before.tokens_decoded,
+        }
+        for name, count in tokens.items():
+            self.tokens[name] += count
+            self.flops[name] += cost.flops(count, after.context[name] - before.context[name])
+        forwards = after.seconds["prefill"] - before.seconds["prefill"]
+        share = tokens["verify"] / max(1, tokens["verify"] + tokens["prefill"])
+        self.seconds["prefill"] += forwards * (1 - share)
+        self.seconds["verify"] += forwards * share
+        self.seconds["decode"] += after.seconds["decode"] - before.seconds["decode"]
+
+    def add_train(
+        self, lengths: list[int], seconds: float, cost: CostModel, checkpointing: bool
+    ) -> None:
+        """Book training on sequences of these lengths (prompt + completion)."""
+        passes = 4 if checkpointing else 3
+        context = sum(n * (n + 1) // 2 for n in lengths)
+        self.tokens["train"] += sum(lengths)
+        self.flops["train"] += passes * cost.flops(sum(lengths), context)
+        self.seconds["train"] += seconds
+
+    def since(self, earlier: "Ledger") -> "Ledger":
+        """What was booked after `earlier`, a copy of this ledger."""
+        parts = (("tokens", self.tokens), ("flops", self.flops), ("seconds", self.seconds))
+        return Ledger(
+            **{
+                name: {c: now[c] - getattr(earlier, name)[c] for c in CATEGORIES}
+                for name, now in parts
+            }
+        )
+
+    def copy(self) -> "Ledger":
+        """An independent copy."""
+        return deepcopy(self)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat `tokens_*`, `flops_*`, `seconds_*` with a value for each category."""
+        return {f"{kind}_{c}": v for kind, sums in asdict(self).items() for c, v in sums.items()}

@@ -1,0 +1,235 @@
+"""The training loop: configuration in, trained policy out.
+
+    for each step: collect a batch of groups -> advantages -> optimizer steps -> version + 1
+
+Everything that decides what is sampled or trained is a function of the configuration, the weights
+and the step number, so a run killed at any moment and started again from its last checkpoint is
+the run that was not killed.
+"""
+
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
+from statistics import fmean
+from typing import Any
+
+from reroll.algo.advantage import grpo
+from reroll.config import Config, settings
+from reroll.evaluate import evaluate
+from reroll.interrupt import Interrupts
+from reroll.ledger import Ledger
+from reroll.log import Display, Tracker, open_trackers
+from reroll.order import batch_of
+from reroll.plot import plot_run
+from reroll.rollout.collect import Collected, CollectSpec, collect
+from reroll.rundir import RunDir
+from reroll.setup import Parts, prepare
+from reroll.train import checkpoint
+from reroll.train.batch import Credited
+from reroll.train.trainer import Diverged
+from reroll.types import Finish, Group, Purpose
+
+LOGPROB_BOUNDS = {"float": 1e-3, "bfloat16": 0.05}
+"""mean |sampling - recomputed log-prob| above which `train.check_logprobs` warns, in nats"""
+
+
+def train(config: Config) -> RunDir:
+    """Run (or go on with) the run of `config`; returns its directory.
+
+    Raises UserError for the user's mistakes, KeyboardInterrupt after saving a checkpoint, and
+    Diverged, also after saving one, when loss or gradient is not finite three steps in a row.
+    """
+    run = RunDir(config.run.out)
+    start = run.open(config)
+    with prepare(config, run, start) as parts:
+        display = Display(config.log.display, config.train.steps, start or 0)
+        trackers = open_trackers(config.log, run.path, dict(settings(config)))
+        with display, Interrupts() as interrupts:
+            _Run(config, run, parts, display, trackers, interrupts).go(start)
+    return run
+
+
+class _Run:
+    """One start of a run: what the steps share."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        parts: Parts,
+        display: Display,
+        trackers: Sequence[Tracker],
+        interrupts: Interrupts,
+    ) -> None:
+        self.config, self.run, self.parts = config, run, parts
+        self.display, self.trackers, self.interrupts = display, trackers, interrupts
+        self.ledger = Ledger()
+        self.held_out: float | None = None
+        self.spec = CollectSpec(
+            Purpose.TRAIN, config.run.seed, config.rollout.samples,
+            replace(parts.sampling, temperature=config.rollout.temperature),
+            config.rollout.truncated, config.rollout.penalty, config.grading.max_failures,
+        )  # fmt: skip
+
+    def go(self, start: int | None) -> None:
+        """All steps that are left, with evaluations and checkpoints when they are due."""
+        config = self.config
+        self._greet(start)
+        step = start or 0
+        try:
+            if start is None:
+                self._evaluate(0)
+            while step < config.train.steps:
+                self._step(step + 1)
+                step += 1
+                last = step == config.train.steps
+                if last or (config.eval.every and step % config.eval.every == 0):
+                    self._evaluate(step)
+                if last or step % config.checkpoint.every == 0:
+                    self._save(step)
+        except KeyboardInterrupt:
+            self._save(step)
+            self.display.say(f"stopped after step {step}; the same command goes on from here")
+            raise
+        except Diverged:
+            self._save(step)
+            raise
+        plot_run(self.run)
+
+    def _greet(self, start: int | None) -> None:
+        for note in self.parts.notes:
+            self.display.say(note)
+        if start is not None:
+            state = self.parts.restored
+            self.ledger = Ledger(**state["ledger"])
+            self.held_out = state["held_out_reward"]
+            self.display.say(f"going on from step {start} of {self.run.path}")
+
+    def _step(self, step: int) -> None:
+        """One batch of rollouts and its optimizer steps; a line in metrics.jsonl."""
+        parts, ledger, before = self.parts, self.ledger, self.ledger.copy()
+        prompts, visits, epoch = batch_of(
+            step, self.config.rollout.prompts, parts.task.train, self.config.run.seed
+        )
+        stats = deepcopy(parts.engine.stats())
+        started = time.perf_counter()
+        collected = collect(
+            parts.engine,
+            parts.graders,
+            parts.decode,
+            prompts,
+            visits,
+            self.spec,
+            self.display.rollouts,
+        )
+        rollout_seconds = time.perf_counter() - started
+        with self.interrupts.held():
+            trained = self._train(collected.groups)
+        ledger.add_engine(stats, parts.engine.stats(), parts.cost)
+        ledger.tokens["grade"] += sum(_lengths(collected.groups))
+        ledger.seconds["grade"] += collected.seconds_grading
+        spent = ledger.since(before).metrics()
+        metrics = (
+            rollout_metrics(collected) | trained | spent
+            | {"epoch": epoch, "version": parts.trainer.version, "seconds_rollout": rollout_seconds}
+        )  # fmt: skip
+        metrics["tokens_per_second"] = sum(_lengths(collected.groups)) / rollout_seconds
+        self._report(step, metrics, collected)
+
+    def _train(self, groups: list[Group]) -> dict[str, float]:
+        parts, ledger = self.parts, self.ledger
+        credited: list[Credited] = [(g, grpo([r.reward for r in g.rollouts])) for g in groups]
+        started = time.perf_counter()
+        trained, lengths = parts.trainer.step(credited)
+        checkpointing = self.config.train.gradient_checkpointing
+        ledger.add_train(lengths, time.perf_counter() - started, parts.cost, checkpointing)
+        started = time.perf_counter()
+        parts.engine.load_weights(parts.trainer.version)
+        ledger.seconds["sync"] += time.perf_counter() - started
+        return trained
+
+    def _report(self, step: int, metrics: dict[str, Any], collected: Collected) -> None:
+        self.run.log({"kind": "train", "step": step, **metrics})
+        self.run.sample(_samples(step, collected.groups, self.config.log.samples))
+        for tracker in self.trackers:
+            tracker({f"train/{k}": v for k, v in metrics.items()}, step)
+        self.display.step(step, metrics)
+        if collected.ungraded:
+            first = collected.first_failure.strip().splitlines()[-1]
+            self.display.say(f"step {step}: {collected.ungraded} rollouts left ungraded ({first})")
+        if metrics["skipped_steps"]:
+            self.display.say(f"step {step}: loss or gradient not finite, optimizer step skipped")
+        bound = LOGPROB_BOUNDS["bfloat16" if self.parts.trainer.autocast else "float"]
+        if metrics.get("logprob_difference_mean", 0.0) > bound:
+            self.display.say(
+                f"step {step}: sampling and training log-probs differ by "
+                f"{metrics['logprob_difference_mean']:.2g} nats on average (more than {bound})"
+            )
+
+    def _evaluate(self, step: int) -> None:
+        """Held-out evaluation; a line in metrics.jsonl."""
+        parts, config = self.parts, self.config
+        started = time.perf_counter()
+        metrics = evaluate(
+            parts.engine, parts.graders, parts.decode, parts.extract, parts.task.held_out, config.eval,
+            seed=config.run.seed, sampling=parts.sampling, progress=self.display.rollouts,
+        )  # fmt: skip
+        self.held_out = metrics["reward"]
+        metrics["seconds_eval"] = time.perf_counter() - started
+        self.run.log({"kind": "eval", "step": step, **metrics})
+        for tracker in self.trackers:
+            tracker({f"eval/{k}": v for k, v in metrics.items()}, step)
+        greedy = f", greedy {metrics['greedy_reward']:.3f}" if config.eval.greedy else ""
+        self.display.say(
+            f"held-out after step {step}: reward {metrics['reward']:.3f} "
+            f"[{metrics['reward_low']:.3f}, {metrics['reward_high']:.3f}]{greedy}"
+        )
+
+    def _save(self, step: int) -> None:
+        """Write checkpoint `step` unless it is there; then let old ones go."""
+        folder, keep = self.run.checkpoints, self.config.checkpoint
+        if step in checkpoint.checkpoints(folder):
+            return
+        started = time.perf_counter()
+        state = {"ledger": asdict(self.ledger), "held_out_reward": self.held_out}
+        with self.interrupts.held():
+            checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)
+            checkpoint.prune(folder, keep.keep_last, keep.keep_best)
+        self.ledger.seconds["sync"] += time.perf_counter() - started
+
+
+def rollout_metrics(collected: Collected) -> dict[str, float]:
+    """Rewards, lengths and entropy of a batch; see docs/glossary.md for each name."""
+    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+    graded = [r for r in rollouts if r.reward is not None]
+    lengths = _lengths(collected.groups)
+    metrics = {
+        "reward": fmean(r.reward for r in graded) if graded else 0.0,  # type: ignore[misc]
+        "length": fmean(lengths),
+        "length_max": float(max(lengths)),
+        "truncated": collected.truncated / len(rollouts),
+        "ungraded": float(collected.ungraded),
+        # mean surprise of sampled tokens: an unbiased estimate of the entropy per token
+        "entropy": -sum(sum(r.completion.logprobs) for r in rollouts) / max(1, sum(lengths)),
+        "stopped": fmean(r.completion.finish is Finish.STOP for r in rollouts),
+    }
+    for name in graded[0].rewards if graded else ():
+        metrics[f"reward_{name}"] = fmean(r.rewards[name] for r in graded)
+    return metrics
+
+
+def _lengths(groups: Sequence[Group]) -> list[int]:
+    return [len(r.completion.token_ids) for group in groups for r in group.rollouts]
+
+
+def _samples(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
+    """The first rollouts of the step's first groups, to read."""
+    return [
+        {
+            "step": step, "row": group.prompt.row, "prompt": group.prompt.text,
+            "completion": group.rollouts[0].text, "answer": group.prompt.answer,
+            "reward": group.rollouts[0].reward, "finish": group.rollouts[0].completion.finish,
+        }
+        for group in groups[:count]
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""The network as we call it: loading, ragged forwards."""

@@ -1,0 +1,52 @@
+"""Pictures of a run: `curves.png`, drawn from metrics.jsonl alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reroll.rundir import RunDir
+
+_PANELS = (
+    ("reward", "mean reward"),
+    ("length", "completion length (tokens)"),
+    ("entropy", "entropy (nats per token)"),
+    ("live_groups", "share of groups with signal"),
+)
+
+
+def plot_run(run: RunDir) -> Path | None:
+    """Draw reward, length, entropy and live groups over the steps; None if there is nothing yet."""
+    records = run.records()
+    steps = [r for r in records if r["kind"] == "train"]
+    if not steps:
+        return None
+    # the object interface: no global state, no display needed
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2).flatten()
+    for axis, (key, label) in zip(axes, _PANELS, strict=True):
+        name = "training rollouts" if key == "reward" else None
+        axis.plot([r["step"] for r in steps], [r[key] for r in steps], color="#4477aa", label=name)
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+    _held_out(axes[0], [r for r in records if r["kind"] == "eval"])
+    axes[0].legend(loc="best", frameon=False)
+    path = run.path / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _held_out(axis: Any, evaluations: Sequence[dict[str, Any]]) -> None:
+    if not evaluations:
+        return
+    at, mean = [r["step"] for r in evaluations], [r["reward"] for r in evaluations]
+    below = [r["reward"] - r["reward_low"] for r in evaluations]
+    above = [r["reward_high"] - r["reward"] for r in evaluations]
+    axis.errorbar(
+        at, mean, yerr=[below, above], fmt="o", color="#cc6677", capsize=3,
+        label="held-out, with 95 % interval",
+    )  # fmt: skip

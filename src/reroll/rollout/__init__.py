@@ -1,0 +1,1 @@
+"""Rollouts: what is started, collected, graded and given to the trainer."""

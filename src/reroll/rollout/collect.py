@@ -1,0 +1,151 @@
+"""Collect: prompts in, graded groups out. Read this file first.
+
+One collect starts every rollout of a batch of prompts, steps the engine until all have ended,
+hands each to the graders the moment it ends (they work in other processes, the engine never waits
+for them) and gives back whole groups in the order of the prompts. This is the synchronous
+schedule: everything started is finished, nothing is stale. What changes which tokens are sampled
+or trained never reads the clock, so a run can be repeated and resumed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from reroll.algo.noise import make_key
+from reroll.engine.base import Engine, Finished
+from reroll.errors import UserError
+from reroll.tasks.pool import Grade, GradeJob, GraderPool
+from reroll.types import Finish, Group, Prompt, Purpose, Request, Rollout, Sampling
+
+Progress = Callable[[int, int], None]
+"""called with (rollouts finished, rollouts in all) after each tick that finished some"""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectSpec:
+    """What one collect samples and how it treats the results."""
+
+    purpose: Purpose
+    seed: int
+    """seed of the run, part of every noise key"""
+    samples: int
+    """rollouts of each prompt"""
+    sampling: Sampling
+    truncated: str = "keep"
+    """keep, mask, zero or penalty: what a completion cut by its limit earns (see `settle`)"""
+    penalty: float = 0.0
+    max_failures: float = 1.0
+    """share of ungraded rollouts above which the collect stops the run"""
+
+
+@dataclass(slots=True)
+class Collected:
+    """Groups in the order of the prompts, and what happened on the way."""
+
+    groups: list[Group]
+    ungraded: int = 0
+    truncated: int = 0
+    first_failure: str = ""
+    seconds_grading: float = 0.0
+    """inside the grader processes"""
+
+
+def collect(
+    engine: Engine,
+    graders: GraderPool,
+    decode: Callable[[list[int]], str],
+    prompts: Sequence[Prompt],
+    visits: Sequence[int],
+    spec: CollectSpec,
+    progress: Progress | None = None,
+) -> Collected:
+    """Sample, grade and group `spec.samples` rollouts of each prompt.
+
+    visits: how often each prompt had been started before, for this purpose; part of the key.
+    decode: token ids to text, special tokens left out.
+    Raises UserError when more than `spec.max_failures` of the rollouts come back ungraded.
+    """
+    groups = [Group(prompt) for prompt in prompts]
+    waiting: dict[int, Rollout] = {}
+    for group, visit in zip(groups, visits, strict=True):
+        for sample in range(spec.samples):
+            request_id = len(waiting)
+            key = make_key(spec.seed, spec.purpose, group.prompt.row, sample, visit)
+            request = Request(request_id, group.prompt.token_ids, key, spec.sampling)
+            engine.submit(request)
+            rollout = Rollout(group.prompt, sample, visit)
+            waiting[request_id] = rollout
+            group.rollouts.append(rollout)
+    by_id = dict(waiting)
+    try:
+        while waiting:
+            before = len(waiting)
+            for event in engine.step():
+                if isinstance(event, Finished):
+                    rollout = waiting.pop(event.completion.request_id)
+                    rollout.completion = event.completion
+                    graders.submit(_job(rollout, event.completion.request_id, decode, spec))
+            _take_grades(graders.poll(), by_id)
+            if progress is not None and len(waiting) != before:
+                progress(len(by_id) - len(waiting), len(by_id))
+        while graders.pending:
+            _take_grades(graders.poll(wait=True), by_id)
+    except BaseException:
+        # an interrupted collect leaves the engine empty, so that weights can be saved or changed
+        engine.abort(None, "collect interrupted")
+        raise
+    return _finish(groups, spec)
+
+
+def _job(
+    rollout: Rollout, job_id: int, decode: Callable[[list[int]], str], spec: CollectSpec
+) -> GradeJob:
+    prompt = rollout.prompt
+    rollout.text = decode(rollout.completion.token_ids)
+    name = f"{spec.purpose}/{prompt.row}/{rollout.sample}/{rollout.visit}"
+    return GradeJob(job_id, name, prompt.text, rollout.text, prompt.answer, prompt.columns)
+
+
+def _take_grades(grades: Sequence[Grade], rollouts: dict[int, Rollout]) -> None:
+    for grade in grades:
+        rollout = rollouts[grade.id]
+        rollout.reward, rollout.rewards = grade.reward, grade.rewards or {}
+        rollout.failure, rollout.seconds_grading = grade.failure, grade.seconds
+
+
+def settle(rollout: Rollout, spec: CollectSpec) -> None:
+    """Apply the policy for truncated completions, once graded.
+
+    keep: as graded. mask: no gradient, but its reward stays in the group's statistics.
+    zero: reward 0. penalty: reward minus `spec.penalty`.
+    """
+    if rollout.completion.finish is not Finish.LENGTH or rollout.reward is None:
+        return
+    if spec.truncated == "mask":
+        rollout.completion.loss_mask = [False] * len(rollout.completion.loss_mask)
+    elif spec.truncated == "zero":
+        rollout.reward = 0.0
+    elif spec.truncated == "penalty":
+        rollout.reward -= spec.penalty
+
+
+def _finish(groups: list[Group], spec: CollectSpec) -> Collected:
+    """Settle every rollout, count what went wrong, stop if too much did."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    for rollout in rollouts:
+        settle(rollout, spec)
+    ungraded = [rollout for rollout in rollouts if rollout.reward is None]
+    allowed = math.floor(spec.max_failures * len(rollouts))
+    first = min(ungraded, key=lambda r: (r.prompt.row, r.sample)).failure if ungraded else ""
+    if len(ungraded) > allowed:
+        raise UserError(
+            f"grading.max_failures = {spec.max_failures}: {len(ungraded)} of {len(rollouts)} rollouts "
+            f"came back ungraded; the first failure was:\n{first}"
+        )
+    return Collected(
+        groups,
+        ungraded=len(ungraded),
+        truncated=sum(r.completion.finish is Finish.LENGTH for r in rollouts),
+        first_failure=first,
+        seconds_grading=sum(r.seconds_grading for r in rollouts),
+    )

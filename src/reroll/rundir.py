@@ -1,0 +1,108 @@
+"""The run directory: what a run leaves on disk, and how a second start finds its place.
+
+config.toml      the whole configuration, as run
+metrics.jsonl    one line a training step, one an evaluation
+samples.jsonl    a few rollouts of each step, to read
+timeouts.txt     graders that timed out, replayed on resume
+checkpoints/     step-N: Hugging Face folders with what is needed to go on
+curves.png       reward, held-out reward, length and entropy over the steps
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from reroll.config import Config, differences, load_config, save_config
+from reroll.errors import UserError
+from reroll.train.checkpoint import checkpoints
+
+HARMLESS = ("run.out", "log.", "checkpoint.", "engine.cache_gb", "grading.workers")
+"""settings that change neither tokens nor weights, so a run may be resumed with others"""
+
+
+class RunDir:
+    """Paths of one run, and its two logs."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
+        self.timeouts_path = self.path / "timeouts.txt"
+        self.checkpoints = self.path / "checkpoints"
+
+    def open(self, config: Config) -> int | None:
+        """Make it, or find the newest checkpoint's step in it (None: start from the beginning).
+
+        Log lines after that step are cut off. Raises UserError for another run's directory.
+        """
+        saved = self.path / "config.toml"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not saved.exists():
+                foreign = [p.name for p in self.path.iterdir() if p.name != "checkpoints"]
+                if foreign:
+                    raise UserError(
+                        f"run.out = {str(self.path)!r}: not a run directory (it holds {foreign[0]}); choose another"
+                    )
+                save_config(config, saved)
+        except OSError as error:
+            raise UserError(
+                f"run.out = {str(self.path)!r}: cannot be used: {error.strerror}"
+            ) from None
+        self._same_run(load_config(saved), config)
+        step = max(checkpoints(self.checkpoints), default=None)
+        for log in (self.metrics_path, self.samples_path):
+            _cut(log, -1 if step is None else step)
+        return step
+
+    def _same_run(self, old: Config, new: Config) -> None:
+        changed = [line for line in differences(old, new) if not line.startswith(HARMLESS)]
+        if new.train.decay == "constant" and new.train.steps >= old.train.steps:
+            changed = [line for line in changed if not line.startswith("train.steps")]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UserError(
+                f"run.out = {str(self.path)!r}: holds a run of another configuration ({changed[0]}{more}); "
+                "choose another directory, or undo the change to resume that run"
+            )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        _append(self.metrics_path, [record])
+
+    def sample(self, records: list[dict[str, Any]]) -> None:
+        """Append lines to samples.jsonl."""
+        _append(self.samples_path, records)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        if not self.metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write: {error.strerror}; free space and start again to go on"
+        ) from None
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop lines after `step`, and a last line that was cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,127 @@
+"""Put the parts of a run together: model, tokenizer, task, graders, engine, trainer.
+
+Whatever is wrong with the configuration comes out here, before the first rollout.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reroll.config import Config
+from reroll.engine.local import LocalEngine
+from reroll.engine.selfcheck import check_servable
+from reroll.errors import UserError
+from reroll.ledger import CostModel, cost_model
+from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
+from reroll.rundir import RunDir
+from reroll.tasks.load import Task, load_task
+from reroll.tasks.pool import GraderPool
+from reroll.train import checkpoint
+from reroll.train.trainer import Trainer
+from reroll.types import Sampling
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything a run works with. Engine and trainer share one module."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    graders: GraderPool
+    engine: LocalEngine
+    trainer: Trainer
+    cost: CostModel
+    sampling: Sampling
+    """limits and stop ids; temperature is set by who samples"""
+    decode: Callable[[list[int]], str]
+    extract: Callable[[str], str | None]
+    """completion text to the answer that maj@k counts"""
+    notes: list[str] = field(default_factory=list)
+    """lines for the user"""
+    restored: dict[str, Any] = field(default_factory=dict)
+    """state of the checkpoint gone on from"""
+
+
+@contextmanager
+def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Parts]:
+    """Build the parts, at checkpoint `step` of `run` or (None) at the start.
+
+    Raises UserError for anything in the configuration that cannot work.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    tokenizer = load_tokenizer(config.model)
+    task = load_task(config.task, tokenizer)
+    folder = checkpoint.checkpoints(run.checkpoints)[step] if run and step is not None else None
+    model = load_model(config.model, folder)
+    autocast = pick_autocast(config.model.autocast, model.device)
+    difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
+    engine = make_engine(config, model, task, autocast)
+    trainer = make_trainer(config, model, autocast)
+    restored = checkpoint.load(folder, trainer) if folder else {}
+    engine.load_weights(trainer.version)
+    notes = [
+        *task.notes,
+        f"{len(task.train)} training and {len(task.held_out)} held-out problems",
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}; {engine.memory}",
+        f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
+    ]
+    timeouts = run.timeouts_path if run else None
+    with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
+        yield Parts(
+            model, tokenizer, task, graders, engine, trainer, cost_model(model),
+            Sampling(config.rollout.max_tokens, stop_ids=stop_ids(model, tokenizer)),
+            decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            extract=_extractor(config.task.answer_pattern), notes=notes, restored=restored,
+        )  # fmt: skip
+
+
+def make_engine(
+    config: Config, model: PreTrainedModel, task: Task, autocast: torch.dtype | None
+) -> LocalEngine:
+    """An engine whose slots hold the longest prompt and a full reply."""
+    longest = max(len(p.token_ids) for p in [*task.train, *task.held_out])
+    capacity = longest + config.rollout.max_tokens
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and capacity > positions:
+        raise UserError(
+            f"rollout.max_tokens = {config.rollout.max_tokens}: with prompts of up to {longest} tokens a "
+            f"sequence has {capacity}, but the model has {positions} positions; lower it, or "
+            "task.max_prompt_tokens"
+        )
+    return LocalEngine(
+        model, slots=config.engine.slots, capacity=capacity, cache_gb=config.engine.cache_gb,
+        prefill_tokens=config.engine.prefill_tokens, prefill_rows=config.engine.prefill_rows,
+        autocast=autocast,
+    )  # fmt: skip
+
+
+def make_trainer(config: Config, model: PreTrainedModel, autocast: torch.dtype | None) -> Trainer:
+    """A trainer on the engine's module, with the initial policy as reference where KL asks for it."""
+    reference = None
+    if config.algo.kl_coef > 0:
+        reference = load_model(config.model).requires_grad_(False)
+    return Trainer(
+        model, config.algo, config.train, temperature=config.rollout.temperature,
+        autocast=autocast, reference=reference,
+    )  # fmt: skip
+
+
+def _extractor(pattern: str) -> Callable[[str], str | None]:
+    """The last match of the task's answer pattern; without one the completion's last line."""
+
+    def extract(text: str) -> str | None:
+        if pattern:
+            found = re.findall(pattern, text)
+            last = found[-1] if found else None
+            return last[0] if isinstance(last, tuple) else last
+        lines = text.strip().splitlines()
+        return lines[-1].strip() if lines else None
+
+    return extract

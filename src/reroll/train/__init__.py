@@ -1,0 +1,1 @@
+"""Groups in, updated policy out."""

@@ -1,0 +1,145 @@
+"""The nouns that every layer passes around. Plain data: no torch, no behaviour.
+
+`P` prompts, `G` rollouts of a group, `L` completion tokens of one rollout. A completion is
+everything after the prompt: the prefix this run conditions on, then what the policy drew.
+
+    Prompt(row=7, text="2 + 3 =", token_ids=(12, 9, 13, 31), answer="5")
+    -> Request(id=0, prompt_ids=(12, 9, 13, 31), key=0x5eed..., sampling=Sampling(max_tokens=8))
+    -> Completion(request_id=0, token_ids=[15, 2], logprobs=[-.1, -.0], ..., finish=Finish.STOP)
+    -> Rollout(prompt, sample=0, visit=0, completion, text="5", reward=1.0)
+    -> Group(prompt, rollouts=[...])
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Finish(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """the policy drew a stop id (kept as the last token)"""
+    LENGTH = "length"
+    """the request's limit was reached: a truncated completion"""
+    ABORT = "abort"
+    """taken out of the engine before it ended; `Completion.abort_reason` says why"""
+
+
+class Purpose(StrEnum):
+    """What a rollout is for; part of its noise key, so purposes never share randomness."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+    AUDIT = "audit"
+    COLLECT = "collect"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem of a task. Its tokens are given and never trained on."""
+
+    row: int
+    """row in its dataset: the identity of the problem across epochs"""
+    text: str
+    """what the model reads, before tokenisation"""
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    """reference answer for the graders"""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """the row's other columns, handed to graders as keyword arguments"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn and when a request ends."""
+
+    max_tokens: int
+    """limit on completion tokens after the prefix, counted across interruptions"""
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_k: int = 0
+    """0 keeps the whole vocabulary"""
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    """drawing one of these ends the completion, that token included"""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A past completion offered to the engine as a guess of what will be drawn."""
+
+    token_ids: tuple[int, ...]
+    """[D] guessed completion tokens after the prefix"""
+
+
+@dataclass(slots=True)
+class Completion:
+    """Completion tokens with their token-aligned streams, all of length `L`.
+
+    Prefix tokens stand first, with log-probs 0, version -1 and loss mask False.
+    """
+
+    request_id: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """tempered, untruncated: the old log-probs of the policy loss"""
+    behaviour_logprobs: list[float] = field(default_factory=list)
+    """under the law actually sampled (tempered, truncated, renormalised)"""
+    versions: list[int] = field(default_factory=list)
+    """policy version that drew each token"""
+    loss_mask: list[bool] = field(default_factory=list)
+    finish: Finish = Finish.ABORT
+    abort_reason: str = ""
+    accepted: int = 0
+    """tokens taken over from the draft"""
+    drafted: int = 0
+    """tokens of the draft that were verified"""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the engine is asked: continue `prompt_ids + prefix_ids` under `key`."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    key: int
+    """64-bit noise key; token i of the completion draws its noise from (key, i)"""
+    sampling: Sampling
+    prefix_ids: tuple[int, ...] = ()
+    """completion tokens given, counted in positions, never trained on"""
+    draft: Draft | None = None
+    partial: Completion | None = None
+    """an aborted completion of this very request (same key) to go on from"""
+    probe_at: tuple[int, ...] = ()
+    """counts of completion tokens at which the engine reports a `Probed` event"""
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One prompt, one completion, one reward."""
+
+    prompt: Prompt
+    sample: int
+    """index in its group"""
+    visit: int
+    """how often this (prompt, sample) had been started before"""
+    completion: Completion = field(default_factory=lambda: Completion(-1))
+    """empty until the engine has finished it"""
+    text: str = ""
+    """the completion decoded, as the graders read it"""
+    reward: float | None = None
+    """weighted sum of the graders; None: ungraded, never trained on"""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """each grader's own number"""
+    failure: str = ""
+    """why it is ungraded: a traceback, a time-out, a death"""
+    seconds_grading: float = 0.0
+
+
+@dataclass(slots=True)
+class Group:
+    """All rollouts of one prompt in one visit."""
+
+    prompt: Prompt
+    rollouts: list[Rollout] = field(default_factory=list)
