@@ -37,8 +37,13 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__,
-            "python": platform.python_version()}  # fmt: skip
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 class Parts:
@@ -67,10 +72,14 @@ class Parts:
         summary = summary | {"quick": self.quick}
         if not self.quick:
             record = {
-                "summary": summary, "detail": detail, "seeds": list(seeds), "machine": machine(),
-                "command": f"python -m bench.{name}", "commit": commit(),
+                "summary": summary,
+                "detail": detail,
+                "seeds": list(seeds),
+                "machine": machine(),
+                "command": f"python -m bench.{name}",
+                "commit": commit(),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            }  # fmt: skip
+            }
             (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
             self.path.unlink(missing_ok=True)
         print(json.dumps(summary))

@@ -24,8 +24,10 @@ from reroll.engine.local import LocalEngine
 from reroll.types import Request, Sampling
 
 PROMPT = 16
-SIZES = {"3m": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4),
-         "25m": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8)}  # fmt: skip
+SIZES = {
+    "3m": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4),
+    "25m": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8),
+}
 VOCABULARY = 128
 SEED = 0
 
@@ -36,10 +38,17 @@ def build(size: str) -> Qwen3ForCausalLM:
     shape = SIZES[size]
     heads = shape["hidden_size"] // 64
     config = Qwen3Config(
-        vocab_size=VOCABULARY, head_dim=64, num_attention_heads=heads, num_key_value_heads=heads // 2,
-        tie_word_embeddings=True, max_position_embeddings=1024, eos_token_id=None, bos_token_id=None,
-        pad_token_id=None, **shape,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        head_dim=64,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+        **shape,
+    )
     model = Qwen3ForCausalLM(config).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device)
@@ -84,9 +93,16 @@ def run_generate(model: Qwen3ForCausalLM, lengths: list[int], slots: int) -> flo
         batch = rows[start : start + slots]
         new = max(lengths[start : start + slots])
         out = model.generate(
-            batch, attention_mask=torch.ones_like(batch), max_new_tokens=new, do_sample=True,
-            temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=new,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert out.shape[1] == PROMPT + new
     _synchronize()
     return sum(lengths) / (time.perf_counter() - started)
@@ -129,13 +145,24 @@ GROUPS = {
     "matrix products": ("mm", "linear", "addmm", "bmm", "matmul"),
     "attention": ("scaled_dot_product", "flash_attention"),
     "cache writes": ("index_put",),
-    "noise and sampling": ("argmax", "logsumexp", "log", "neg", "bitwise", "__and__", "__rshift__",
-                           "__lshift__", "addcmul", "gather", "exp"),
-}  # fmt: skip
+    "noise and sampling": (
+        "argmax",
+        "logsumexp",
+        "log",
+        "neg",
+        "bitwise",
+        "__and__",
+        "__rshift__",
+        "__lshift__",
+        "addcmul",
+        "gather",
+        "exp",
+    ),
+}
 
 
 def profile(model: Qwen3ForCausalLM, ticks: int) -> dict[str, float]:
-    """Share of the engine's wall time by kind of work, at 64 slots; the rest is Python and dispatch."""
+    """Share of the engine's wall time by kind of work, at 64 slots."""
     engine = LocalEngine(model, slots=64, capacity=PROMPT + ticks + 1)
     for index, row in enumerate(prompts(64).tolist()):
         engine.submit(Request(index, tuple(row), key=index, sampling=Sampling(ticks + 1)))
@@ -171,28 +198,27 @@ def main() -> None:
     detail: dict[str, Any] = {"ragged_lengths_mean": sum(ragged) / len(ragged)}
     for size in SIZES:
         model = build(size)
+        for arm in (run_engine, run_generate):
+            arm(model, [8] * slots, slots)  # warm up
         for name, lengths in (("equal", equal), ("ragged", ragged)):
             repeats = 1 if args.quick else (5 if size == "3m" else 3)
             arms: dict[str, Callable[[], float]] = {
                 "engine": lambda m=model, n=lengths: run_engine(m, n, slots),
                 "generate": lambda m=model, n=lengths: run_generate(m, n, slots),
             }
-
-            def warm_and_run(
-                arms: dict[str, Callable[[], float]] = arms, repeats: int = repeats
-            ) -> dict:
-                short = [8] * slots
-                run_engine(model, short, slots)
-                run_generate(model, short, slots)
-                return paired(arms, repeats)
-
-            figures = parts.measure(f"{name}_{size}", warm_and_run)
+            figures = parts.measure(f"{name}_{size}", lambda a=arms, r=repeats: paired(a, r))
             ratios = [e / g for e, g in zip(figures["engine"], figures["generate"], strict=True)]
             summary[f"{name}_vs_hf_{size}"] = round(statistics.median(ratios), 3)
             detail[f"{name}_{size}"] = figures
             medians = [f"{statistics.median(figures[arm]):,.0f}" for arm in arms]
-            rows.append([f"{size} {name}", *medians, f"{statistics.median(ratios):.2f}x",
-                         f"{min(ratios):.2f} - {max(ratios):.2f}"])  # fmt: skip
+            rows.append(
+                [
+                    f"{size} {name}",
+                    *medians,
+                    f"{statistics.median(ratios):.2f}x",
+                    f"{min(ratios):.2f} - {max(ratios):.2f}",
+                ]
+            )
         continuous = parts.measure(
             f"continuous_{size}", lambda m=model: run_continuous(m, equal, slots)
         )
@@ -202,11 +228,19 @@ def main() -> None:
         )
     table("Useful tokens per second", ["case", "engine", "generate", "median ratio", "range"], rows)
     continuous_rows = [[s, detail[f"continuous_equal_{s}"]] for s in SIZES]
-    table("Hugging Face continuous batching, equal lengths", ["size", "tokens per second"],
-          [[s, f"{c:,.0f}" if isinstance(c, float) else c] for s, c in continuous_rows])  # fmt: skip
-    table("Where the engine's time goes, 64 slots, share of wall time", ["kind of work", *SIZES],
-          [[kind, *(f"{detail[f'profile_{s}'][kind]:.1%}" for s in SIZES)]
-           for kind in detail["profile_3m"]])  # fmt: skip
+    table(
+        "Hugging Face continuous batching, equal lengths",
+        ["size", "tokens per second"],
+        [[s, f"{c:,.0f}" if isinstance(c, float) else c] for s, c in continuous_rows],
+    )
+    table(
+        "Where the engine's time goes, 64 slots, share of wall time",
+        ["kind of work", *SIZES],
+        [
+            [kind, *(f"{detail[f'profile_{s}'][kind]:.1%}" for s in SIZES)]
+            for kind in detail["profile_3m"]
+        ],
+    )
     parts.finish("engine", summary, [SEED], detail)
 
 

@@ -5,17 +5,45 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
 _SIZE = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
-_GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256,
-             bos_token_id=None, eos_token_id=None)  # fmt: skip
-_OPT = dict(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=256, word_embed_proj_dim=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=1)  # fmt: skip
-_MIXTURE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                shared_expert_intermediate_size=32, decoder_sparse_step=1)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+_GPT2 = dict(
+    vocab_size=VOCABULARY,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=256,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+_OPT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    ffn_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    word_embed_proj_dim=32,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=1,
+)
+_MIXTURE = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    decoder_sparse_step=1,
+)
 _EVERY_OTHER = ["sliding_attention", "full_attention"]
 
 DENSE = {
@@ -40,12 +68,23 @@ DENSE = {
 WINDOWED = {
     "mistral_window": ("mistral", _SIZE | {"sliding_window": 6}),
     "phi3_window": ("phi3", _SIZE | {"sliding_window": 6, "pad_token_id": 0}),
-    "qwen3_window": ("qwen3", _SIZE | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 6,
-                                       "layer_types": _EVERY_OTHER}),
+    "qwen3_window": (
+        "qwen3",
+        _SIZE
+        | {
+            "head_dim": 8,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": _EVERY_OTHER,
+        },
+    ),
     "gemma2": ("gemma2", _SIZE | {"head_dim": 8, "sliding_window": 6}),
-    "gemma3": ("gemma3_text", _SIZE | {"head_dim": 8, "sliding_window": 6, "layer_types": _EVERY_OTHER}),
+    "gemma3": (
+        "gemma3_text",
+        _SIZE | {"head_dim": 8, "sliding_window": 6, "layer_types": _EVERY_OTHER},
+    ),
     "cohere2_window": ("cohere2", _SIZE | {"sliding_window": 6, "layer_types": _EVERY_OTHER}),
-}  # fmt: skip
+}
 """models whose layers see a window shorter than the tests' sequences"""
 
 MIXTURES = {

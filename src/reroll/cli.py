@@ -39,7 +39,7 @@ configuration file. The last line is one JSON object.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 done, 1 stopped, 2 user's mistake, 130 interrupted)."""
+    """Run a command; returns the status: 0 done, 1 stopped, 2 user's mistake, 130 interrupted."""
     # progress bars and advice of libraries would garble our own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -111,15 +111,23 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
         step = args.step if args.step is not None else max(found, default=None)
         if step not in found:
             there = ", ".join(map(str, found)) or "none"
-            raise UserError(f"{target}: no checkpoint of step {step}; there are: {there}")
+            asked = "" if step is None else f" of step {step}"
+            raise UserError(f"{target}: no checkpoint{asked}; there are: {there}")
     elif args.step is not None:
         raise UserError("--step: needs a run directory as TARGET, not a configuration file")
     config = load_config(target / "config.toml" if run else target, overrides)
     with prepare(config, run, step) as parts:
         metrics = evaluate(
-            parts.engine, parts.graders, parts.decode, parts.extract, parts.task.held_out, config.eval,
-            seed=config.run.seed, sampling=parts.sampling,
-        )  # fmt: skip
+            parts.engine,
+            parts.graders,
+            parts.decode,
+            parts.extract,
+            parts.task.held_out,
+            config.eval,
+            step=step or 0,
+            seed=config.run.seed,
+            sampling=parts.sampling,
+        )
     record = {"target": str(target), "step": step, **metrics}
     Console(highlight=False).print(evaluation_table(record))
     print(json.dumps(record))
@@ -132,8 +140,9 @@ def _demo_config() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="reroll", description="Reinforcement learning with verifiable rewards, rollouts made cheap.",
-    )  # fmt: skip
+        prog="reroll",
+        description="Reinforcement learning with verifiable rewards, rollouts made cheap.",
+    )
     parser.add_argument("--version", action="version", version=f"reroll {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | eval")
     for name, short, text in (
@@ -142,9 +151,13 @@ def _parser() -> argparse.ArgumentParser:
         ("eval", "held-out reward, pass@k and maj@k of a run or a model", EVAL),
     ):
         command = commands.add_parser(
-            name, help=short, description=text, epilog=_settings(),
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        )  # fmt: skip
+            name,
+            help=short,
+            description=text,
+            epilog=_settings(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         if name == "demo":
             command.add_argument(
                 "--out", default="runs/demo", help="run directory (default: runs/demo)"

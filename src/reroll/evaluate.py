@@ -25,22 +25,28 @@ def evaluate(
     config: EvalSection,
     *,
     seed: int,
+    step: int,
     sampling: Sampling,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Metrics of the held-out `prompts`; keys of the greedy part begin with `greedy_`.
 
-    extract: completion text to the answer that maj@k counts. sampling: its temperature is
-    replaced by the configuration's.
+    extract: completion text to the answer that maj@k counts. step: names the evaluation.
+    sampling: its temperature is replaced by the configuration's.
     """
     spec = CollectSpec(
-        Purpose.EVAL, seed, config.samples, replace(sampling, temperature=config.temperature)
+        Purpose.EVAL,
+        seed,
+        config.samples,
+        replace(sampling, temperature=config.temperature),
+        label=f"eval-{step}",
     )
     visits = [0] * len(prompts)
     groups = collect(engine, graders, decode, prompts, visits, spec, progress).groups
     metrics = _statistics(groups, extract, config.correct_at)
     if config.greedy:
-        once = replace(spec, samples=1, sampling=replace(sampling, temperature=0.0))
+        greedily = replace(sampling, temperature=0.0)
+        once = replace(spec, samples=1, sampling=greedily, label=f"eval-{step}-greedy")
         greedy = collect(engine, graders, decode, prompts, visits, once, progress).groups
         rewards = [_reward(group.rollouts[0]) for group in greedy]
         low, high = bootstrap_interval(rewards)

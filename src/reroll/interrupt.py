@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """Context manager that turns SIGINT and SIGTERM into KeyboardInterrupt, held back inside `held`.
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, held back inside `held`.
 
     Weights and optimizer are whole whenever the interrupt is raised, so a checkpoint can be saved.
     """

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from transformers import PreTrainedModel
 
 from reroll.engine.base import Stats
+from reroll.model.load import embeddings
 
 CATEGORIES = ("prefill", "verify", "decode", "grade", "train", "sync")
 
@@ -34,8 +35,7 @@ class CostModel:
 def cost_model(model: PreTrainedModel) -> CostModel:
     """Read the sizes off the module."""
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
+    embedding, head = embeddings(model)
     total = sum(p.numel() for p in model.parameters())
     passed = total - embedding.numel() + (head.numel() if head is embedding else 0)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

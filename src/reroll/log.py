@@ -34,9 +34,13 @@ class Display:
     def __enter__(self) -> Self:
         if self.mode == "rich":
             self._bars = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
             self._bars.start()
             self._steps = self._bars.add_task(
                 "steps", total=self.total, completed=self.done, note=""

@@ -43,6 +43,7 @@ def train(config: Config) -> RunDir:
     run = RunDir(config.run.out)
     start = run.open(config)
     with prepare(config, run, start) as parts:
+        run.claim(config)
         display = Display(config.log.display, config.train.steps, start or 0)
         trackers = open_trackers(config.log, run.path, dict(settings(config)))
         with display, Interrupts() as interrupts:
@@ -65,37 +66,48 @@ class _Run:
         self.config, self.run, self.parts = config, run, parts
         self.display, self.trackers, self.interrupts = display, trackers, interrupts
         self.ledger = Ledger()
+        self.done = 0
+        """steps that are whole: trained and logged"""
         self.held_out: float | None = None
         self.spec = CollectSpec(
-            Purpose.TRAIN, config.run.seed, config.rollout.samples,
+            Purpose.TRAIN,
+            config.run.seed,
+            config.rollout.samples,
             replace(parts.sampling, temperature=config.rollout.temperature),
-            config.rollout.truncated, config.rollout.penalty, config.grading.max_failures,
-        )  # fmt: skip
+            config.rollout.truncated,
+            config.rollout.penalty,
+            config.grading.max_failures,
+        )
 
     def go(self, start: int | None) -> None:
         """All steps that are left, with evaluations and checkpoints when they are due."""
         config = self.config
         self._greet(start)
-        step = start or 0
+        self.done = start or 0
+        # an interrupt may have come between a step and its evaluation
+        evaluated = {r["step"] for r in self.run.records() if r["kind"] == "eval"}
         try:
-            if start is None:
-                self._evaluate(0)
-            while step < config.train.steps:
-                self._step(step + 1)
-                step += 1
-                last = step == config.train.steps
-                if last or (config.eval.every and step % config.eval.every == 0):
-                    self._evaluate(step)
-                if last or step % config.checkpoint.every == 0:
-                    self._save(step)
+            if self._evaluation_due() and self.done not in evaluated:
+                self._evaluate(self.done)
+            while self.done < config.train.steps:
+                self._step(self.done + 1)
+                if self._evaluation_due():
+                    self._evaluate(self.done)
+                if self.done == config.train.steps or self.done % config.checkpoint.every == 0:
+                    self._save()
         except KeyboardInterrupt:
-            self._save(step)
-            self.display.say(f"stopped after step {step}; the same command goes on from here")
+            self._save()
+            self.display.say(f"stopped after step {self.done}; the same command goes on from here")
             raise
         except Diverged:
-            self._save(step)
+            self._save()
             raise
         plot_run(self.run)
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        ends = self.done in (0, self.config.train.steps)
+        return ends or (every > 0 and self.done % every == 0)
 
     def _greet(self, start: int | None) -> None:
         for note in self.parts.notes:
@@ -124,17 +136,19 @@ class _Run:
             self.display.rollouts,
         )
         rollout_seconds = time.perf_counter() - started
-        with self.interrupts.held():
+        with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
             trained = self._train(collected.groups)
-        ledger.add_engine(stats, parts.engine.stats(), parts.cost)
-        ledger.tokens["grade"] += sum(_lengths(collected.groups))
-        ledger.seconds["grade"] += collected.seconds_grading
-        spent = ledger.since(before).metrics()
-        metrics = (
-            rollout_metrics(collected) | trained | spent
-            | {"epoch": epoch, "version": parts.trainer.version, "seconds_rollout": rollout_seconds}
-        )  # fmt: skip
-        metrics["tokens_per_second"] = sum(_lengths(collected.groups)) / rollout_seconds
+            ledger.add_engine(stats, parts.engine.stats(), parts.cost)
+            ledger.tokens["grade"] += sum(_lengths(collected.groups))
+            ledger.seconds["grade"] += collected.seconds_grading
+            spent = ledger.since(before).metrics()
+            metrics = rollout_metrics(collected) | trained | spent
+            metrics |= {"epoch": epoch, "version": parts.trainer.version}
+            metrics["seconds_rollout"] = rollout_seconds
+            metrics["tokens_per_second"] = sum(_lengths(collected.groups)) / rollout_seconds
+            self.run.log({"kind": "train", "step": step, **metrics})
+            self.run.sample(_samples(step, collected.groups, self.config.log.samples))
+            self.done = step
         self._report(step, metrics, collected)
 
     def _train(self, groups: list[Group]) -> dict[str, float]:
@@ -150,8 +164,6 @@ class _Run:
         return trained
 
     def _report(self, step: int, metrics: dict[str, Any], collected: Collected) -> None:
-        self.run.log({"kind": "train", "step": step, **metrics})
-        self.run.sample(_samples(step, collected.groups, self.config.log.samples))
         for tracker in self.trackers:
             tracker({f"train/{k}": v for k, v in metrics.items()}, step)
         self.display.step(step, metrics)
@@ -172,9 +184,17 @@ class _Run:
         parts, config = self.parts, self.config
         started = time.perf_counter()
         metrics = evaluate(
-            parts.engine, parts.graders, parts.decode, parts.extract, parts.task.held_out, config.eval,
-            seed=config.run.seed, sampling=parts.sampling, progress=self.display.rollouts,
-        )  # fmt: skip
+            parts.engine,
+            parts.graders,
+            parts.decode,
+            parts.extract,
+            parts.task.held_out,
+            config.eval,
+            step=step,
+            seed=config.run.seed,
+            sampling=parts.sampling,
+            progress=self.display.rollouts,
+        )
         self.held_out = metrics["reward"]
         metrics["seconds_eval"] = time.perf_counter() - started
         self.run.log({"kind": "eval", "step": step, **metrics})
@@ -186,9 +206,9 @@ class _Run:
             f"[{metrics['reward_low']:.3f}, {metrics['reward_high']:.3f}]{greedy}"
         )
 
-    def _save(self, step: int) -> None:
-        """Write checkpoint `step` unless it is there; then let old ones go."""
-        folder, keep = self.run.checkpoints, self.config.checkpoint
+    def _save(self) -> None:
+        """Write the checkpoint of the steps done unless it is there; then let old ones go."""
+        folder, keep, step = self.run.checkpoints, self.config.checkpoint, self.done
         if step in checkpoint.checkpoints(folder):
             return
         started = time.perf_counter()
@@ -227,9 +247,13 @@ def _samples(step: int, groups: Sequence[Group], count: int) -> list[dict[str, A
     """The first rollouts of the step's first groups, to read."""
     return [
         {
-            "step": step, "row": group.prompt.row, "prompt": group.prompt.text,
-            "completion": group.rollouts[0].text, "answer": group.prompt.answer,
-            "reward": group.rollouts[0].reward, "finish": group.rollouts[0].completion.finish,
+            "step": step,
+            "row": group.prompt.row,
+            "prompt": group.prompt.text,
+            "completion": group.rollouts[0].text,
+            "answer": group.prompt.answer,
+            "reward": group.rollouts[0].reward,
+            "finish": group.rollouts[0].completion.finish,
         }
         for group in groups[:count]
-    ]  # fmt: skip
+    ]

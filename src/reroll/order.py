@@ -16,9 +16,11 @@ def batch_of(
     A batch may span the end of one epoch and the beginning of the next.
     """
     chosen, visits = [], []
+    orders: dict[int, np.ndarray] = {}
     for index in range((step - 1) * size, step * size):
         epoch, place = divmod(index, len(prompts))
-        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
-        chosen.append(prompts[order[place]])
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        chosen.append(prompts[orders[epoch][place]])
         visits.append(epoch)
     return chosen, visits, visits[0]

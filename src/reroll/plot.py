@@ -44,9 +44,15 @@ def _held_out(axis: Any, evaluations: Sequence[dict[str, Any]]) -> None:
     if not evaluations:
         return
     at, mean = [r["step"] for r in evaluations], [r["reward"] for r in evaluations]
-    below = [r["reward"] - r["reward_low"] for r in evaluations]
-    above = [r["reward_high"] - r["reward"] for r in evaluations]
+    # at least 0: where all rewards are equal, the bounds differ from the mean by rounding
+    below = [max(0.0, r["reward"] - r["reward_low"]) for r in evaluations]
+    above = [max(0.0, r["reward_high"] - r["reward"]) for r in evaluations]
     axis.errorbar(
-        at, mean, yerr=[below, above], fmt="o", color="#cc6677", capsize=3,
+        at,
+        mean,
+        yerr=[below, above],
+        fmt="o",
+        color="#cc6677",
+        capsize=3,
         label="held-out, with 95 % interval",
-    )  # fmt: skip
+    )

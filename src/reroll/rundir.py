@@ -19,6 +19,8 @@ from reroll.train.checkpoint import checkpoints
 
 HARMLESS = ("run.out", "log.", "checkpoint.", "engine.cache_gb", "grading.workers")
 """settings that change neither tokens nor weights, so a run may be resumed with others"""
+UNCLAIMED = ("checkpoints", "timeouts.txt")
+"""what a start that failed before its first rollout leaves behind"""
 
 
 class RunDir:
@@ -26,6 +28,7 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.config_path = self.path / "config.toml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         self.timeouts_path = self.path / "timeouts.txt"
@@ -36,25 +39,39 @@ class RunDir:
 
         Log lines after that step are cut off. Raises UserError for another run's directory.
         """
-        saved = self.path / "config.toml"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if not saved.exists():
-                foreign = [p.name for p in self.path.iterdir() if p.name != "checkpoints"]
-                if foreign:
-                    raise UserError(
-                        f"run.out = {str(self.path)!r}: not a run directory (it holds {foreign[0]}); choose another"
-                    )
-                save_config(config, saved)
+            there = sorted(p.name for p in self.path.iterdir())
         except OSError as error:
+            raise self._unusable(error) from None
+        if self.config_path.name in there:
+            self._same_run(load_config(self.config_path), config)
+        elif foreign := [name for name in there if name not in UNCLAIMED]:
             raise UserError(
-                f"run.out = {str(self.path)!r}: cannot be used: {error.strerror}"
-            ) from None
-        self._same_run(load_config(saved), config)
+                f"run.out = {str(self.path)!r}: not a run directory (it holds "
+                f"{foreign[0]}); choose another"
+            )
         step = max(checkpoints(self.checkpoints), default=None)
         for log in (self.metrics_path, self.samples_path):
             _cut(log, -1 if step is None else step)
         return step
+
+    def claim(self, config: Config) -> None:
+        """Write config.toml if it is not there: from now on the directory is this run's.
+
+        Called when all is prepared, so that a mistake put right does not look like another run.
+        """
+        if self.config_path.exists():
+            return
+        fresh = self.checkpoints / "config.toml"
+        try:
+            save_config(config, fresh)
+            os.replace(fresh, self.config_path)
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(f"run.out = {str(self.path)!r}: cannot be used: {error.strerror}")
 
     def _same_run(self, old: Config, new: Config) -> None:
         changed = [line for line in differences(old, new) if not line.startswith(HARMLESS)]
@@ -63,8 +80,9 @@ class RunDir:
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"run.out = {str(self.path)!r}: holds a run of another configuration ({changed[0]}{more}); "
-                "choose another directory, or undo the change to resume that run"
+                f"run.out = {str(self.path)!r}: holds a run of another configuration "
+                f"({changed[0]}{more}); choose another directory, or undo the change to resume "
+                "that run"
             )
 
     def log(self, record: dict[str, Any]) -> None:

@@ -69,17 +69,25 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     notes = [
         *task.notes,
         f"{len(task.train)} training and {len(task.held_out)} held-out problems",
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {model.device}; {engine.memory}",
+        f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
         f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
     ]
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
         yield Parts(
-            model, tokenizer, task, graders, engine, trainer, cost_model(model),
+            model,
+            tokenizer,
+            task,
+            graders,
+            engine,
+            trainer,
+            cost_model(model),
             Sampling(config.rollout.max_tokens, stop_ids=stop_ids(model, tokenizer)),
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            extract=_extractor(config.task.answer_pattern), notes=notes, restored=restored,
-        )  # fmt: skip
+            extract=_extractor(config.task.answer_pattern),
+            notes=notes,
+            restored=restored,
+        )
 
 
 def make_engine(
@@ -91,36 +99,46 @@ def make_engine(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and capacity > positions:
         raise UserError(
-            f"rollout.max_tokens = {config.rollout.max_tokens}: with prompts of up to {longest} tokens a "
-            f"sequence has {capacity}, but the model has {positions} positions; lower it, or "
+            f"rollout.max_tokens = {config.rollout.max_tokens}: with prompts of up to {longest} "
+            f"tokens a sequence has {capacity}, but the model has {positions} positions; lower it, or "
             "task.max_prompt_tokens"
         )
     return LocalEngine(
-        model, slots=config.engine.slots, capacity=capacity, cache_gb=config.engine.cache_gb,
-        prefill_tokens=config.engine.prefill_tokens, prefill_rows=config.engine.prefill_rows,
+        model,
+        slots=config.engine.slots,
+        capacity=capacity,
+        cache_gb=config.engine.cache_gb,
+        prefill_tokens=config.engine.prefill_tokens,
+        prefill_rows=config.engine.prefill_rows,
         autocast=autocast,
-    )  # fmt: skip
+    )
 
 
 def make_trainer(config: Config, model: PreTrainedModel, autocast: torch.dtype | None) -> Trainer:
-    """A trainer on the engine's module, with the initial policy as reference where KL asks for it."""
+    """A trainer on the engine's module, with the initial policy as reference if KL asks for it."""
     reference = None
     if config.algo.kl_coef > 0:
         reference = load_model(config.model).requires_grad_(False)
     return Trainer(
-        model, config.algo, config.train, temperature=config.rollout.temperature,
-        autocast=autocast, reference=reference,
-    )  # fmt: skip
+        model,
+        config.algo,
+        config.train,
+        temperature=config.rollout.temperature,
+        autocast=autocast,
+        reference=reference,
+    )
 
 
 def _extractor(pattern: str) -> Callable[[str], str | None]:
-    """The last match of the task's answer pattern; without one the completion's last line."""
+    """The last match of the task's answer pattern; without one the answer tag, or the last line."""
 
     def extract(text: str) -> str | None:
         if pattern:
-            found = re.findall(pattern, text)
-            last = found[-1] if found else None
-            return last[0] if isinstance(last, tuple) else last
+            matches = list(re.finditer(pattern, text))
+            return matches[-1][1] if matches else None
+        tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        if tagged:
+            return tagged[-1].strip()
         lines = text.strip().splitlines()
         return lines[-1].strip() if lines else None
 

@@ -1,4 +1,4 @@
-"""The table at the end of a run: held-out reward before and after, tokens and seconds by category."""
+"""The tables at the end of a run: held-out before and after, tokens and seconds by category."""
 
 from typing import Any
 

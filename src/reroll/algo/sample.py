@@ -89,26 +89,29 @@ def _choose_sparse(
     so u > 1 - w is needed. About sum(w) tokens pass, a handful.
     """
     likeliest_B = logits_BV.argmax(-1)
-    score_B = logits_BV.gather(-1, likeliest_B[:, None]).squeeze(-1).double()
-    score_B = score_B + gumbel_at(keys_B, positions_B, likeliest_B)
-    weight_BV = (logits_BV - score_B[:, None].to(logits_BV.dtype)).exp_()
-    # float32 rounding of w is below 1e-5 w; the slack keeps the filter on the safe side
-    needed_BV = weight_BV.mul_(-(2.0**32) * 1.001).add_(2.0**32 - 1024)
+    top_B1 = logits_BV.gather(-1, likeliest_B[:, None])
+    noise_B = gumbel_at(keys_B, positions_B, likeliest_B)
+    # the largest logit is taken off alone, which rounds little however large the logits are;
+    # float32 rounding of w is then below 1e-5 w, and the slack keeps the filter on the safe side
+    scale_B1 = noise_B[:, None].neg().exp().mul(-(2.0**32) * 1.001).to(logits_BV.dtype)
+    needed_BV = (logits_BV - top_B1).exp_().mul_(scale_B1).add_(2.0**32 - 1024)
     able_BV = uniform_bits(keys_B, positions_B, logits_BV.shape[1]) >= needed_BV
     able_BV.scatter_(-1, likeliest_B[:, None], True)
     rows_N, tokens_N = able_BV.nonzero(as_tuple=True)
     scores_N = logits_BV[rows_N, tokens_N] + gumbel_at(
         keys_B[rows_N], positions_B[rows_N], tokens_N
     )
-    best_B = torch.full_like(score_B, -torch.inf).scatter_reduce_(0, rows_N, scores_N, "amax")
+    best_B = torch.full_like(noise_B, -torch.inf).scatter_reduce_(0, rows_N, scores_N, "amax")
     winner_N = scores_N == best_B[rows_N]
-    return torch.zeros_like(likeliest_B).scatter_(0, rows_N[winner_N], tokens_N[winner_N])
+    return torch.zeros_like(likeliest_B).scatter_reduce_(
+        0, rows_N[winner_N], tokens_N[winner_N], "amin", include_self=False
+    )  # equal scores: the lower token, as argmax has it
 
 
 def truncate(logits_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
     """Set to -inf what top-k (0: off), then top-p (1: off) leave out; the likeliest stays."""
     size = logits_BV.shape[1]
-    ordered_BV, order_BV = logits_BV.sort(-1, descending=True, stable=True)
+    ordered_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(size, device=logits_BV.device)
     outside_BV = rank_V >= torch.where(top_k_B > 0, top_k_B, size)[:, None]
     kept_BV = ordered_BV.masked_fill(outside_BV, -torch.inf)

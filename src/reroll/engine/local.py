@@ -73,8 +73,8 @@ class LocalEngine:
         if not request.prompt_ids or longest > self.cache.capacity:
             raise UserError(
                 f"request {request.id}: prompt of {len(request.prompt_ids)} tokens + prefix of "
-                f"{len(request.prefix_ids)} + limit of {request.sampling.max_tokens} does not fit a slot "
-                f"of {self.cache.capacity}: shorten it, or raise the engine's capacity"
+                f"{len(request.prefix_ids)} + limit of {request.sampling.max_tokens} does not "
+                f"fit a slot of {self.cache.capacity}: shorten it, or raise the engine's capacity"
             )
         self._waiting.append(sequence)
 
@@ -97,7 +97,8 @@ class LocalEngine:
         for queue in (self._running, self._ready, self._waiting):
             leaving = [s for s in queue if out is None or s.request.id in out]
             if queue is self._running:
-                self._vacate({s.request.id for s in leaving})
+                with torch.inference_mode():  # the slots were made in it
+                    self._vacate({s.request.id for s in leaving})
             else:
                 for sequence in leaving:
                     queue.remove(sequence)

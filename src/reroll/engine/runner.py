@@ -101,14 +101,18 @@ class Runner:
         longest: int,
         hidden: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One token a slot: logits `[active, V]` (and hidden states) after `tokens` at `lengths`."""
+        """One token a slot: logits `[active, V]` (and hidden states) after it."""
         cache.begin_tick(lengths, longest)
         mask = decode_mask(self.style, lengths, longest, self.autocast or self.model.dtype)
         with self.hidden_states(hidden) as states:
             logits = self.model(
-                input_ids=tokens[:, None], position_ids=lengths[:, None], attention_mask=mask,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
-            ).logits  # fmt: skip
+                input_ids=tokens[:, None],
+                position_ids=lengths[:, None],
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
         return logits[:, -1], states[0][:, -1] if hidden else None
 
     def draw(self, logits: torch.Tensor, positions: torch.Tensor, law: Law) -> Drawn:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from reroll.engine.base import Finished
 from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
+from reroll.model.load import embeddings
 from reroll.types import Request, Sampling
 
 _LENGTHS = (3, 9, 6)
@@ -52,7 +53,7 @@ def check_servable(
 
 
 def _decode_and_compare(model: PreTrainedModel, slots: int, autocast: torch.dtype | None) -> float:
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = embeddings(model)[1].shape[0]
     prompts = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n)] for i, n in enumerate(_LENGTHS)]
     capacity = max(_LENGTHS) + _NEW
     engine = LocalEngine(model, slots=slots, capacity=capacity, autocast=autocast)
@@ -89,5 +90,5 @@ def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     kind = model.config.model_type
     return UserError(
         f"model.path: the embedded engine cannot serve this model ({kind}): {reason}; use a "
-        "decoder-only model with ordinary attention (Llama, Qwen, Mistral, Gemma, Phi, OLMo, GPT-2, ...)"
+        "decoder-only model with ordinary attention (Llama, Qwen, Mistral, Gemma, Phi, OLMo, ...)"
     )

@@ -19,12 +19,13 @@ from reroll.errors import UserError
 
 
 class LayerShape(NamedTuple):
-    """Key and value shape of one layer: heads, widths, dtype."""
+    """Key and value shape of one layer (under autocast their dtypes may differ)."""
 
     heads: int
     key_width: int
     value_width: int
-    dtype: torch.dtype
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype
 
 
 class SlotLayer(CacheLayerMixin):
@@ -36,8 +37,10 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         size = (slots, shape.heads, capacity)
         # zeros, not empty: stale memory could hold nan, and nan times a masked 0 is still nan
-        self.keys = torch.zeros(*size, shape.key_width, dtype=shape.dtype, device=device)
-        self.values = torch.zeros(*size, shape.value_width, dtype=shape.dtype, device=device)
+        self.keys: Any = torch.zeros(*size, shape.key_width, dtype=shape.key_dtype, device=device)
+        self.values: Any = torch.zeros(
+            *size, shape.value_width, dtype=shape.value_dtype, device=device
+        )
         self.is_initialized = True
         self.rows = torch.empty(0, dtype=torch.long)
         self.write_at = torch.empty(0, dtype=torch.long)
@@ -71,7 +74,7 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """All layers' slots."""
 
-    layers: list[SlotLayer]
+    layers: list[Any]  # of SlotLayer
 
     def __init__(
         self, shapes: list[LayerShape], slots: int, capacity: int, device: torch.device
@@ -87,7 +90,7 @@ class SlotCache(Cache):
 
     def load(self, slots: list[int], source: DynamicCache, row: int, length: int) -> None:
         """Copy the first `length` tokens of a prefilled row into each of `slots`."""
-        for layer, prefilled in zip(self.layers, source.layers, strict=True):
+        for layer, prefilled in zip(self.layers, list[Any](source.layers), strict=True):
             layer.keys[slots, :, :length] = prefilled.keys[row, :, :length]
             layer.values[slots, :, :length] = prefilled.values[row, :, :length]
 
@@ -101,16 +104,17 @@ class SlotCache(Cache):
 def layer_shapes(prefilled: DynamicCache) -> list[LayerShape]:
     """Shapes read off a prefilled cache, so that no model's configuration needs guessing."""
     return [
-        LayerShape(
-            layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype
-        )
-        for layer in prefilled.layers
+        LayerShape(k.shape[1], k.shape[3], v.shape[3], k.dtype, v.dtype)
+        for k, v in ((layer.keys, layer.values) for layer in list[Any](prefilled.layers))
     ]
 
 
 def slot_bytes(shapes: list[LayerShape]) -> int:
     """Bytes of one token in one slot, all layers."""
-    return sum(s.heads * (s.key_width + s.value_width) * s.dtype.itemsize for s in shapes)
+    return sum(
+        s.heads * (s.key_width * s.key_dtype.itemsize + s.value_width * s.value_dtype.itemsize)
+        for s in shapes
+    )
 
 
 def check_fits(shapes: list[LayerShape], slots: int, capacity: int, bound_gb: float) -> str:
@@ -121,7 +125,8 @@ def check_fits(shapes: list[LayerShape], slots: int, capacity: int, bound_gb: fl
     if total > bound:
         fewer, shorter = int(bound // (token * capacity)), int(bound // (token * slots))
         raise UserError(
-            f"engine.cache_gb = {bound_gb}: {line}; what would fit: {fewer} slots of {capacity} tokens "
-            f"(engine.slots) or {slots} slots of {shorter} (task.max_prompt_tokens + rollout.max_tokens)"
+            f"engine.cache_gb = {bound_gb}: {line}; what would fit: {fewer} slots of {capacity} "
+            f"tokens (engine.slots), or {slots} slots of {shorter} tokens "
+            "(task.max_prompt_tokens + rollout.max_tokens)"
         )
     return line

@@ -6,6 +6,7 @@ code that comes with a model runs only if `trust_remote_code` says so.
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,10 +19,8 @@ from transformers import (
 from reroll.config import ModelSection
 from reroll.errors import UserError
 
-DROPOUTS = (
-    "dropout", "attention_dropout", "attn_dropout", "activation_dropout", "hidden_dropout",
-    "resid_pdrop", "attn_pdrop", "embd_pdrop", "resid_dropout",
-)  # fmt: skip
+JITTERS = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+"""noise that mixtures of experts put on their router's input in training mode"""
 
 
 def model_folder(path: str) -> str:
@@ -67,13 +66,15 @@ def load_model(config: ModelSection, folder: str | Path | None = None) -> PreTra
     path = str(folder or model_folder(config.path))
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), use_safetensors=True,
+            path,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _explain(config.path if folder is None else path, error) from None
     switch_off_dropout(model)
-    return model.to(device).eval()
+    return model.to(device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
@@ -98,13 +99,19 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None}))
 
 
+def embeddings(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of the input embedding and of the output head `[V, H]` (one tensor if tied)."""
+    parts: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return parts[0].weight, parts[1].weight
+
+
 def switch_off_dropout(model: PreTrainedModel) -> None:
     """RL trains the law that sampled, and sampling has no dropout: set every rate to 0."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in DROPOUTS:
-            if isinstance(getattr(module, name, None), float):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or name in JITTERS):
                 setattr(module, name, 0.0)
 
 
@@ -114,5 +121,5 @@ def _explain(path: str, error: Exception) -> UserError:
     if local:
         return UserError(f"model.path = {path!r}: cannot be loaded: {reason}")
     return UserError(
-        f"model.path = {path!r}: no such folder, and not to be had from the Hugging Face Hub: {reason}"
+        f"model.path = {path!r}: no such folder, and not to be had from the Hub: {reason}"
     )

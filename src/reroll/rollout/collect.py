@@ -8,6 +8,7 @@ or trained never reads the clock, so a run can be repeated and resumed.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class CollectSpec:
     penalty: float = 0.0
     max_failures: float = 1.0
     """share of ungraded rollouts above which the collect stops the run"""
+    label: str = ""
+    """names the collect to the graders (recorded time-outs go by it); empty: the purpose"""
 
 
 @dataclass(slots=True)
@@ -65,19 +68,20 @@ def collect(
     decode: token ids to text, special tokens left out.
     Raises UserError when more than `spec.max_failures` of the rollouts come back ungraded.
     """
+    assert not graders.pending, "the graders still work for another collect"
     groups = [Group(prompt) for prompt in prompts]
     waiting: dict[int, Rollout] = {}
-    for group, visit in zip(groups, visits, strict=True):
-        for sample in range(spec.samples):
-            request_id = len(waiting)
-            key = make_key(spec.seed, spec.purpose, group.prompt.row, sample, visit)
-            request = Request(request_id, group.prompt.token_ids, key, spec.sampling)
-            engine.submit(request)
-            rollout = Rollout(group.prompt, sample, visit)
-            waiting[request_id] = rollout
-            group.rollouts.append(rollout)
-    by_id = dict(waiting)
     try:
+        for group, visit in zip(groups, visits, strict=True):
+            for sample in range(spec.samples):
+                request_id = len(waiting)
+                key = make_key(spec.seed, spec.purpose, group.prompt.row, sample, visit)
+                request = Request(request_id, group.prompt.token_ids, key, spec.sampling)
+                engine.submit(request)
+                rollout = Rollout(group.prompt, sample, visit)
+                waiting[request_id] = rollout
+                group.rollouts.append(rollout)
+        by_id = dict(waiting)
         while waiting:
             before = len(waiting)
             for event in engine.step():
@@ -102,7 +106,9 @@ def _job(
 ) -> GradeJob:
     prompt = rollout.prompt
     rollout.text = decode(rollout.completion.token_ids)
-    name = f"{spec.purpose}/{prompt.row}/{rollout.sample}/{rollout.visit}"
+    # evaluations come again with the same keys and other weights: the text tells them apart
+    mark = zlib.crc32(rollout.text.encode("utf-8", "replace"))
+    name = f"{spec.label or spec.purpose}/{prompt.row}/{rollout.sample}/{rollout.visit}/{mark:08x}"
     return GradeJob(job_id, name, prompt.text, rollout.text, prompt.answer, prompt.columns)
 
 
@@ -139,8 +145,8 @@ def _finish(groups: list[Group], spec: CollectSpec) -> Collected:
     first = min(ungraded, key=lambda r: (r.prompt.row, r.sample)).failure if ungraded else ""
     if len(ungraded) > allowed:
         raise UserError(
-            f"grading.max_failures = {spec.max_failures}: {len(ungraded)} of {len(rollouts)} rollouts "
-            f"came back ungraded; the first failure was:\n{first}"
+            f"grading.max_failures = {spec.max_failures}: {len(ungraded)} of {len(rollouts)} "
+            f"rollouts came back ungraded; the first failure was:\n{first}"
         )
     return Collected(
         groups,

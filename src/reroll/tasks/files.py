@@ -9,14 +9,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reroll.config import TaskSection
 from reroll.errors import UserError
 from reroll.tasks.problem import Problem, Problems, did_you_mean
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +184,7 @@ def _read_dataset(config: TaskSection, split: str, setting: str) -> Table:
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     try:
         if saved:
-            loaded = datasets.load_from_disk(str(folder))
+            loaded: Any = datasets.load_from_disk(str(folder))
         else:
             name = str(folder) if folder.exists() else config.name
             loaded = datasets.load_dataset(name, split=split, **config.params)
@@ -206,9 +203,7 @@ def _read_dataset(config: TaskSection, split: str, setting: str) -> Table:
     return Table(name, loaded, range(len(loaded)), "row {}")
 
 
-def _pick(
-    loaded: "Dataset | dict[str, Dataset]", config: TaskSection, split: str, setting: str
-) -> "Dataset":
+def _pick(loaded: Any, config: TaskSection, split: str, setting: str) -> Any:
     """The split of what load_from_disk returned: a bare dataset counts as its training split."""
     if not isinstance(loaded, dict):
         if setting == "task.eval_split":

@@ -190,18 +190,16 @@ def _find(module_name: str, function_name: str, name: str) -> Callable[..., floa
             f"task.graders: {name!r}: importing {module_name} fails in {last.filename}, "
             f"line {last.lineno}: {type(error).__name__}: {error}"
         ) from None
-    function = vars(module).get(function_name)
-    if not callable(function):
-        known = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and not key.startswith("_")
-        ]
+    functions: dict[str, Any] = {
+        key: value for key, value in vars(module).items() if callable(value)
+    }
+    if function_name not in functions:
+        known = [key for key in functions if not key.startswith("_")]
         raise UserError(
             f"task.graders: {name!r}: {module.__file__} has no function {function_name!r}"
             f"{did_you_mean(function_name, known)}"
         )
-    return function
+    return functions[function_name]
 
 
 def _keywords(function: Callable[..., float], name: str) -> Callable[[str], bool]:

@@ -42,7 +42,8 @@ class GradeJob:
 
     id: int
     name: str
-    """identity of the rollout across runs, such as "train/7/0/1" (split, row, sample, visit)"""
+    """identity of the rollout across runs: "train/7/0/1/2f0cc9ab" (purpose, row, sample, visit,
+    checksum of the text)"""
     prompt: str
     completion: str
     answer: str | None = None

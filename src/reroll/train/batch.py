@@ -6,6 +6,7 @@ padded only inside `model/`. `T` packed completion tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -56,7 +57,7 @@ def minibatches(
     count in the averages, so the step is the same as if they had been run.
     """
     bounds = [round(i * len(credited) / count) for i in range(count + 1)]
-    parts = [credited[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [credited[a:b] for a, b in pairwise(bounds)]
     return [_minibatch(part, microbatch_tokens, skip_dead) for part in parts if part]
 
 

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -59,12 +60,8 @@ def save(
             shutil.rmtree(target)
         os.rename(temporary, target)
         _flush(folder)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
-        if (
-            not isinstance(error, OSError)
-            and "o space" not in str(error)
-            and "I/O" not in str(error)
-        ):
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        if not isinstance(error, OSError) and "I/O" not in str(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         last = max(checkpoints(folder), default=None)
@@ -74,8 +71,8 @@ def save(
             else "there is no earlier one"
         )
         raise UserError(
-            f"{target}: cannot write the checkpoint ({error}); {kept}; free space, or set run.out to "
-            "another disk, and start again with the same command to go on"
+            f"{target}: cannot write the checkpoint ({error}); {kept}; free space, or set run.out "
+            "to another disk, and start again with the same command to go on"
         ) from None
     return target
 
@@ -93,7 +90,8 @@ def load(path: Path, trainer: Trainer) -> dict[str, Any]:
         Exception
     ) as error:  # truncated or foreign files fail in many ways, all the user's to see
         raise UserError(
-            f"{path}: not a whole checkpoint ({error}); delete this folder to go on from an earlier one"
+            f"{path}: not a whole checkpoint ({error}); delete this folder to go on from an "
+            "earlier one"
         ) from None
     return state
 

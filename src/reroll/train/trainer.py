@@ -55,9 +55,11 @@ class Trainer:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=train.learning_rate, betas=(train.beta1, train.beta2),
+            self.parameters,
+            lr=train.learning_rate,
+            betas=(train.beta1, train.beta2),
             weight_decay=train.weight_decay,
-        )  # fmt: skip
+        )
 
     def learning_rate(self, version: int) -> float:
         """Rate of optimizer step `version` (from 0): warm-up, then decay towards 0 at the end."""
@@ -108,8 +110,9 @@ class Trainer:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MAX_SKIPPED:
                 raise Diverged(
-                    f"loss or gradient was not finite {MAX_SKIPPED} optimizer steps in a row (loss {total}, "
-                    f"gradient norm {norm}); lower train.learning_rate, or check the model and its dtype"
+                    f"loss or gradient was not finite {MAX_SKIPPED} optimizer steps in a row "
+                    f"(loss {total}, gradient norm {norm}); lower train.learning_rate, or check "
+                    "the model and its dtype"
                 )
         self.version += 1
 

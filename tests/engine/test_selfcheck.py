@@ -1,0 +1,68 @@
+"""The start-up self-check serves what works and refuses, with the reason, what does not."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+import reroll.engine.runner as runner
+from reroll.engine.masks import MaskStyle
+from reroll.engine.selfcheck import check_servable
+from reroll.errors import UserError
+from tests.tiny import VOCABULARY, tiny
+
+RECURRENT = {
+    "mamba": dict(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),
+    "falcon_h1": dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_d_state=8,
+    ),
+    "qwen3_next": dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    ),
+    "bloom": dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_other_kinds_of_state_are_refused(model_type: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **RECURRENT[model_type])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(
+        UserError, match=rf"cannot serve this model \({model_type}\).*use a decoder"
+    ):
+        check_servable(model)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(UserError, match="encoder-decoder"):
+        check_servable(T5ForConditionalGeneration(config))
+
+
+def test_a_wrong_mask_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mistral_window")
+    monkeypatch.setattr(runner, "mask_style", lambda config: MaskStyle(None, False, False))
+    with pytest.raises(UserError, match="differs from plain forwards"):
+        check_servable(model)
+
+
+def test_a_long_window_is_tried_short_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3_window")
+    model.config.sliding_window = 200
+    assert check_servable(model) < 1e-9
+    assert model.config.sliding_window == 200
+    honest = runner.mask_style
+    monkeypatch.setattr(runner, "mask_style", lambda c: honest(c)._replace(window=None))
+    with pytest.raises(UserError, match=r"differs from plain forwards|forward failed"):
+        check_servable(model)
+
+
+def test_bfloat16_autocast_is_served_within_its_noise() -> None:
+    model = tiny("qwen3", dtype=torch.float32)
+    difference = check_servable(model, autocast=torch.bfloat16)
+    assert 1e-6 < difference < 0.25
