@@ -100,8 +100,8 @@ def make_engine(
     if positions is not None and capacity > positions:
         raise UserError(
             f"rollout.max_tokens = {config.rollout.max_tokens}: with prompts of up to {longest} "
-            f"tokens a sequence has {capacity}, but the model has {positions} positions; lower it, or "
-            "task.max_prompt_tokens"
+            f"tokens a sequence has {capacity}, but the model has {positions} positions; lower it "
+            "or task.max_prompt_tokens"
         )
     return LocalEngine(
         model,

@@ -54,8 +54,9 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token a row (`[active, heads, 1, width]`); return views up to `longest`."""
         active = len(self.rows)
-        self.keys[self.rows, :, self.write_at] = key_states[:, :, 0]
-        self.values[self.rows, :, self.write_at] = value_states[:, :, 0]
+        # under autocast values come narrower than what a prefilled cache promoted them to
+        self.keys[self.rows, :, self.write_at] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[self.rows, :, self.write_at] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:active, :, : self.longest], self.values[:active, :, : self.longest]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
