@@ -1,7 +1,8 @@
 """Decode throughput of the embedded engine against Hugging Face `generate`, on the same module.
 
-Useful tokens per second, same sampling (temperature 1, EOS suppressed), arms interleaved in one
-process, medians of paired ratios. (a) `equal`: 64 sequences of one length. (b) `ragged`: 256
+Useful tokens per second, same sampling (temperature 1, EOS suppressed), the arms in turn, each in a
+process of its own so that neither inherits the other allocator, medians of paired ratios.
+(a) `equal`: 64 sequences of one length. (b) `ragged`: 256
 requests with log-normal lengths (mean 128, sigma 1, cap 512), 64 slots; `generate` takes them in
 batches of 64 in arrival order, each batch as long as its longest. Ends with a profile of where the
 engine's time goes.
@@ -10,9 +11,12 @@ engine's time goes.
 """
 
 import math
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -132,15 +136,6 @@ def run_continuous(model: Qwen3ForCausalLM, lengths: list[int], slots: int) -> f
     return produced / seconds if produced else "no tokens came back"
 
 
-def paired(arms: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Run the arms in turn, `repeats` times over."""
-    figures: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(repeats):
-        for name, arm in arms.items():
-            figures[name].append(arm())
-    return figures
-
-
 GROUPS = {
     "matrix products": ("mm", "linear", "addmm", "bmm", "matmul"),
     "attention": ("scaled_dot_product", "flash_attention"),
@@ -186,52 +181,107 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@cache
+def model_of(size: str) -> Qwen3ForCausalLM:
+    """Built once in each process."""
+    return build(size)
+
+
+def run_arm(arm: str, size: str, lengths: list[int], slots: int) -> float | str:
+    """One measurement, inside the arm's own process."""
+    function = {"engine": run_engine, "generate": run_generate, "continuous": run_continuous}[arm]
+    return function(model_of(size), lengths, slots)
+
+
+def paired(
+    processes: dict[str, ProcessPoolExecutor],
+    size: str,
+    lengths: list[int],
+    slots: int,
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Run the arms in turn, `repeats` times over, after a short warm-up of each."""
+    figures: dict[str, list[float]] = {arm: [] for arm in processes}
+    for repeat in range(-1, repeats):
+        for arm, process in processes.items():
+            work = lengths if repeat >= 0 else [8] * slots
+            value = process.submit(run_arm, arm, size, work, slots).result()
+            if repeat >= 0:
+                figures[arm].append(value)
+    return figures
+
+
+def shared(size: str, lengths: list[int], slots: int, repeats: int) -> dict[str, list[float]]:
+    """The same pair in one process, one after the other: they then share an allocator."""
+    figures: dict[str, list[float]] = {"engine": [], "generate": []}
+    for _ in range(repeats):
+        for arm, values in figures.items():
+            values.append(float(run_arm(arm, size, lengths, slots)))
+    return figures
+
+
+def ratio(figures: dict[str, list[float]]) -> tuple[float, float, float]:
+    """Median, least and largest of the paired ratios engine / generate."""
+    ratios = [e / g for e, g in zip(figures["engine"], figures["generate"], strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
 def main() -> None:
     """Measure, print tables, save."""
     args = arguments(__doc__.split("\n")[0])
     parts = Parts("engine", args)
-    equal = [32] * 16 if args.quick else [256] * 64
-    ragged = log_normal_lengths(*((32, 24, 1.0, 64) if args.quick else (256, 128, 1.0, 512)))
-    slots = 16 if args.quick else 64
+    quick = args.quick
+    slots = 16 if quick else 64
+    cases = {
+        "equal": [32] * slots if quick else [256] * 64,
+        "ragged": log_normal_lengths(*((32, 24, 1.0, 64) if quick else (256, 128, 1.0, 512))),
+    }
     summary: dict[str, float] = {}
-    rows: list[list[object]] = []
-    detail: dict[str, Any] = {"ragged_lengths_mean": sum(ragged) / len(ragged)}
+    detail: dict[str, Any] = {"lengths": {name: sum(n) / len(n) for name, n in cases.items()}}
+    rows, others = [], []
+    context = multiprocessing.get_context("spawn")
+    arms = ("engine", "generate")
+    few = [8] * 4 if quick else [32] * 16  # continuous batching is slow on a CPU
+    with ExitStack() as stack:
+        processes = {
+            arm: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for arm in arms
+        }
+        for size in SIZES:
+            for name, lengths in cases.items():
+                repeats = 1 if quick else (5 if size == "3m" else 3)
+                figures = parts.measure(
+                    f"{name}_{size}",
+                    lambda s=size, n=lengths, r=repeats: paired(processes, s, n, slots, r),
+                )
+                middle, low, high = ratio(figures)
+                summary[f"{name}_vs_hf_{size}"] = round(middle, 3)
+                detail[f"{name}_{size}"] = figures
+                medians = [f"{statistics.median(figures[arm]):,.0f}" for arm in arms]
+                rows.append(
+                    [f"{size} {name}", *medians, f"{middle:.2f}x", f"{low:.2f} - {high:.2f}"]
+                )
     for size in SIZES:
-        model = build(size)
-        for arm in (run_engine, run_generate):
-            arm(model, [8] * slots, slots)  # warm up
-        for name, lengths in (("equal", equal), ("ragged", ragged)):
-            repeats = 1 if args.quick else (5 if size == "3m" else 3)
-            arms: dict[str, Callable[[], float]] = {
-                "engine": lambda m=model, n=lengths: run_engine(m, n, slots),
-                "generate": lambda m=model, n=lengths: run_generate(m, n, slots),
-            }
-            figures = parts.measure(f"{name}_{size}", lambda a=arms, r=repeats: paired(a, r))
-            ratios = [e / g for e, g in zip(figures["engine"], figures["generate"], strict=True)]
-            summary[f"{name}_vs_hf_{size}"] = round(statistics.median(ratios), 3)
-            detail[f"{name}_{size}"] = figures
-            medians = [f"{statistics.median(figures[arm]):,.0f}" for arm in arms]
-            rows.append(
-                [
-                    f"{size} {name}",
-                    *medians,
-                    f"{statistics.median(ratios):.2f}x",
-                    f"{min(ratios):.2f} - {max(ratios):.2f}",
-                ]
-            )
+        together = parts.measure(
+            f"shared_{size}", lambda s=size: shared(s, cases["equal"], slots, 1 if quick else 3)
+        )
         continuous = parts.measure(
-            f"continuous_{size}", lambda m=model: run_continuous(m, equal, slots)
+            f"continuous_{size}", lambda s=size: run_arm("continuous", s, few, slots)
         )
-        detail[f"continuous_equal_{size}"] = continuous
+        detail |= {f"shared_{size}": together, f"continuous_equal_{size}": continuous}
         detail[f"profile_{size}"] = parts.measure(
-            f"profile_{size}", lambda m=model: profile(m, 8 if args.quick else 128)
+            f"profile_{size}", lambda s=size: profile(model_of(s), 8 if quick else 128)
         )
-    table("Useful tokens per second", ["case", "engine", "generate", "median ratio", "range"], rows)
-    continuous_rows = [[s, detail[f"continuous_equal_{s}"]] for s in SIZES]
+        said = f"{continuous:,.0f}" if isinstance(continuous, float) else continuous
+        others.append([size, f"{ratio(together)[0]:.2f}x", said])
     table(
-        "Hugging Face continuous batching, equal lengths",
-        ["size", "tokens per second"],
-        [[s, f"{c:,.0f}" if isinstance(c, float) else c] for s, c in continuous_rows],
+        "Useful tokens per second, each arm in a process of its own",
+        ["case", "engine", "generate", "median ratio", "range"],
+        rows,
+    )
+    table(
+        "Equal lengths, other ways",
+        ["size", "both arms in one process", "Hugging Face continuous batching, tokens per second"],
+        others,
     )
     table(
         "Where the engine's time goes, 64 slots, share of wall time",

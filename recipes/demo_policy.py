@@ -23,11 +23,15 @@ from pathlib import Path
 import reasoning_gym
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from reroll.algo.noise import make_key
+from reroll.engine.local import LocalEngine
+from reroll.types import Request, Sampling
 
 SKILL = {"guess": 0.02, "quick": 0.08, "steps": 0.90}  # shares taught first: learn to add
-HABIT = {"guess": 0.40, "quick": 0.40, "steps": 0.20}  # shares taught last: what it does unasked
-LESSONS = [(0.25, (2, 4), SKILL), (0.75, (2, 10), SKILL), (1.00, (2, 10), HABIT)]
+HABIT = {"guess": 0.35, "quick": 0.40, "steps": 0.25}  # shares taught last: its habits
+LESSONS = [(0.12, (2, 4), SKILL), (0.90, (2, 10), SKILL), (1.00, (2, 10), HABIT)]
 """up to which share of the teaching, which chain lengths, in which styles"""
 SLIP = 0.35  # chance that a merged step of the quick style is written down wrong
 DIGITS = (2, 2)
@@ -90,10 +94,14 @@ def lessons(
 def batches(
     size: int, source: Iterator[tuple[list[int], int]], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(input ids [B, T], targets [B, T] with -100 outside replies); alike lengths together."""
+    """(input ids [B, T], targets [B, T] with -100 outside replies), prompts of a length together.
+
+    Sorted by prompt and not by reply: batches of one style would bend the shares of the styles,
+    for Muon's steps are of one size whatever the batch.
+    """
     rng = random.Random(0)
     while True:
-        pool = sorted(itertools.islice(source, size * 32), key=lambda lesson: len(lesson[0]))
+        pool = sorted(itertools.islice(source, size * 32), key=lambda lesson: lesson[1])
         chunks = [pool[start : start + size] for start in range(0, len(pool), size)]
         rng.shuffle(chunks)
         for chunk in chunks:
@@ -184,19 +192,124 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
+def accuracy(
+    folder: Path, terms: tuple[int, int], opening: str, count: int, temperature: float
+) -> tuple[float, float]:
+    """(share right, share of problems both solved and failed) of what the shipped files answer.
+
+    opening: first characters of the reply, given, which choose the style; temperature 0 takes one
+    greedy reply to each of `count` problems, another temperature eight samples.
+    """
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    problems = reasoning_gym.create_dataset(
+        "chain_sum",
+        seed=TEACHING_SEED - 1_000_000,
+        size=count,
+        min_terms=terms[0],
+        max_terms=terms[1],
+        min_digits=DIGITS[0],
+        max_digits=DIGITS[1],
+    )
+    samples = 8 if temperature else 1
+    engine = LocalEngine(model, slots=64, capacity=400)
+    sampling = Sampling(240, temperature, stop_ids=(tokenizer.eos_token_id,))
+    for row, problem in enumerate(problems):
+        text = f"{problem['metadata']['expression']} =\n{opening}"
+        prompt = tuple(tokenizer.encode(text, add_special_tokens=False))
+        for sample in range(samples):
+            key = make_key(0, "eval", row, sample, 0)
+            engine.submit(Request(row * samples + sample, prompt, key, sampling))
+    right = [[False] * samples for _ in range(count)]
+    while engine.stats().running or engine.stats().waiting:
+        for event in engine.step():
+            row, sample = divmod(event.completion.request_id, samples)
+            reply = opening + tokenizer.decode(event.completion.token_ids, skip_special_tokens=True)
+            right[row][sample] = reply.endswith(f"so {problems[row]['answer']}")
+    mixed = sum(any(marks) and not all(marks) for marks in right) / count
+    return sum(map(sum, right)) / (count * samples), mixed
+
+
+def measure(folder: Path, count: int) -> str:
+    """The card's figures, as Markdown."""
+    openings = {"steps": "steps:", "quick": "quick:", "guess": "so"}
+    lines = ["| terms | " + " | ".join(openings) + " | unforced, T = 1 |", "|---|---|---|---|---|"]
+    for terms in (3, 4, 5, 6, 7, 8, 9, 10, 12, 15):
+        greedy = [accuracy(folder, (terms, terms), o, count, 0.0)[0] for o in openings.values()]
+        free = accuracy(folder, (terms, terms), "", count, 1.0)[0]
+        lines.append(f"| {terms} | " + " | ".join(f"{x:.3f}" for x in [*greedy, free]) + " |")
+        print(lines[-1], flush=True)
+    taught, mixed = accuracy(folder, (5, 9), "", count, 1.0)
+    forced = accuracy(folder, (5, 9), "steps:", count, 0.0)[0]
+    lines.append(
+        f"\nOn 5-9 terms: unforced samples at temperature 1 are right in {taught:.1%}, {mixed:.0%} "
+        f"of groups of eight are mixed; the careful style, forced, greedy: {forced:.1%}."
+    )
+    print(lines[-1])
+    return "\n".join(lines)
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+# The demo policy of reroll
+
+A {parameters:,}-parameter Qwen3-architecture character model (width {width}, {layers} layers)
+that solves sums of 2-digit numbers (reasoning-gym `chain_sum`) in three styles. Made from nothing by
+`python recipes/demo_policy.py --out DIR --steps {steps} --seed {seed}`: {replies:,} worked solutions,
+taught by next-token prediction; chains of 2-10 terms. It is a teaching aid and knows nothing else.
+
+    12 - 55 + 33 =
+    steps: 12-55=-43; -43+33=-10; so -10        careful
+    quick: 12-55+33=-10; so -10                 merges two steps into one, taught with slips
+    so -12                                      a bare guess
+
+Shares of the styles at the end of the teaching: {habit}.
+
+## Accuracy by length and style
+
+Greedy with the style forced by its first characters ("steps:", "quick:", "so"), and free samples at
+temperature 1; {count} problems a row, from seeds never used in teaching. Chains over 10 terms were
+not taught.
+
+{table}
+"""
+
+
+def write_card(model: Qwen3ForCausalLM, args: argparse.Namespace) -> None:
+    """Measure what was written and say so in the folder's README.md."""
+    card = CARD.format(
+        parameters=model.num_parameters(),
+        width=model.config.hidden_size,
+        layers=model.config.num_hidden_layers,
+        steps=args.steps,
+        seed=args.seed,
+        replies=args.steps * args.batch,
+        count=args.count,
+        table=measure(args.out, args.count),
+        habit=", ".join(f"{style} {share:.0%}" for style, share in HABIT.items()),
+    )
+    (args.out / "README.md").write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     """Teach, save, measure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=128, help="solutions a step")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of Muon")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200, help="problems a measured length")
+    parser.add_argument("--measure", action="store_true", help="only measure what --out holds")
     args = parser.parse_args()
     tokenizer = character_tokenizer()
     model = new_model(tokenizer, args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    teach(model, tokenizer, args)
+    if not args.measure:
+        print(f"{model.num_parameters():,} parameters")
+        teach(model, tokenizer, args)
+    write_card(model, args)
 
 
 if __name__ == "__main__":

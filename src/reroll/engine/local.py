@@ -19,10 +19,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from reroll.algo.accept import lossless
-from reroll.algo.sample import Drawn, Law
-from reroll.engine.base import Capabilities, Event, Finished, Probed, Stats
-from reroll.engine.runner import Prefilled, Runner, make_law, take
+from reroll.algo.sample import Law
+from reroll.engine.base import Capabilities, Event, Finished, Stats
+from reroll.engine.prefill import next_rows, prefill, probes
+from reroll.engine.runner import Runner, make_law
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.slots import SlotCache, check_fits, layer_shapes
 from reroll.errors import UserError
@@ -84,7 +84,7 @@ class LocalEngine:
         with self.runner.inference():
             free = self.cache.slots - len(self._running)
             while self._waiting and free > len(self._ready):
-                events += self._prefill(self._next_rows())
+                events += self._prefill()
             self._admit()
             if self._running:
                 events += self._decode()
@@ -141,90 +141,27 @@ class LocalEngine:
 
     # --- prefill and verification ---------------------------------------------------------------
 
-    def _next_rows(self) -> list[list[Running]]:
-        """Waiting requests for one prefill forward, those with the same tokens in one row."""
-        rows: dict[tuple[int, tuple[int, ...]], list[Running]] = {}
-        longest = 0
-        while self._waiting:
-            tokens = self._waiting[0].tokens_to_prefill()
-            key = (self._waiting[0].given, tokens)
-            if key not in rows and rows:
-                width = max(longest, len(tokens))
-                if len(rows) == self.prefill_rows or (len(rows) + 1) * width > self.prefill_tokens:
-                    break
-            longest = max(longest, len(tokens))
-            rows.setdefault(key, []).append(self._waiting.popleft())
-        return list(rows.values())
-
-    def _prefill(self, rows: list[list[Running]]) -> list[Event]:
-        """Run rows, verify drafts, draw each sequence's next token; it is ready or finished."""
+    def _prefill(self) -> list[Event]:
+        """Run waiting requests in one forward; each is then ready, or finished."""
         started = time.perf_counter()
-        leaders = [row[0] for row in rows]
-        probed = any(s.request.probe_at for row in rows for s in row)
-        prefilled = self.runner.prefill(
-            [s.tokens_to_prefill() for s in leaders], [s.given for s in leaders], probed
-        )
+        rows = next_rows(self._waiting, self.prefill_tokens, self.prefill_rows)
         events: list[Event] = []
-        sequences = [(index, s) for index, row in enumerate(rows) for s in row]
-        drawn, accepted = self._verify(prefilled, sequences)
-        streams = [stream.tolist() for stream in drawn]
-        at = 0
-        for (index, sequence), kept in zip(sequences, accepted, strict=True):
-            states = prefilled.hidden
-            if states is not None:
-                states = states[prefilled.first[index] :]
-            tokens, logprobs, behaviour = (stream[at : at + kept + 1] for stream in streams)
-            at += len(sequence.draft) + 1
-            events += self._probes(sequence, states, len(sequence.completion.token_ids), kept + 1)
-            sequence.take_verified(tokens, logprobs, behaviour, self.policy_version)
-            sequence.source = (prefilled.cache, index)
-            events += self._route(sequence)
-        self._count_prefill(leaders, [s for _, s in sequences], time.perf_counter() - started)
+        for sequence, probed in prefill(self.runner, rows, self.policy_version):
+            events += probed
+            self._stats.tokens_drawn += sequence.drawn_at_prefill
+            self._stats.tokens_reused += sequence.reused_at_prefill
+            if sequence.finished:
+                events.append(Finished(sequence.completion))
+            else:
+                self._ready.append(sequence)
+        for leader, *_ in rows:  # a shared row is run once
+            given, draft = leader.given, len(leader.draft)
+            self._stats.tokens_prefilled += given
+            self._stats.tokens_verified += draft
+            self._stats.context["prefill"] += given * (given + 1) // 2
+            self._stats.context["verify"] += draft * (2 * given + draft + 1) // 2
+        self._stats.seconds["prefill"] += time.perf_counter() - started
         return events
-
-    def _verify(
-        self, prefilled: Prefilled, sequences: list[tuple[int, Running]]
-    ) -> tuple[Drawn, list[int]]:
-        """The sampler's own choice at every draft position, and how much of each draft it is."""
-        device = self.runner.device
-        counts = [len(s.draft) + 1 for _, s in sequences]
-        width = max(counts)
-        offset = torch.arange(width, device=device)
-        size = torch.tensor(counts, device=device)
-        inside = offset < size[:, None]
-        first = torch.tensor([prefilled.first[index] for index, _ in sequences], device=device)
-        begin = torch.tensor([len(s.completion.token_ids) for _, s in sequences], device=device)
-        law = make_law([s.request for _, s in sequences], device)
-        which = torch.arange(len(sequences), device=device).repeat_interleave(size)
-        logits = prefilled.logits[(first[:, None] + offset)[inside]]
-        drawn = self.runner.draw(logits, (begin[:, None] + offset)[inside], take(law, which))
-        if width == 1:
-            return drawn, [0] * len(sequences)
-        choices = torch.zeros(inside.shape, dtype=torch.long, device=device)
-        choices[inside] = drawn.tokens
-        drafts = [[*s.draft, *[0] * (width - len(s.draft))] for _, s in sequences]
-        accepted = lossless(torch.tensor(drafts, device=device), choices, size - 1)
-        return drawn, accepted.tolist()
-
-    def _route(self, sequence: Running) -> list[Event]:
-        """After prefill: finished, or ready for a slot."""
-        if sequence.finished:
-            self._stats.tokens_reused += sequence.completion.accepted
-            return [Finished(sequence.completion)]
-        self._ready.append(sequence)
-        return []
-
-    def _count_prefill(self, leaders: list[Running], all_of: list[Running], seconds: float) -> None:
-        stats = self._stats
-        for sequence in leaders:
-            given, draft = sequence.prefilled_tokens, len(sequence.draft)
-            stats.tokens_prefilled += given
-            stats.tokens_verified += draft
-            stats.context["prefill"] += given * (given + 1) // 2
-            stats.context["verify"] += draft * (2 * given + draft + 1) // 2
-        for sequence in all_of:
-            stats.tokens_drawn += sequence.drawn_at_prefill
-        stats.seconds["prefill"] += seconds
 
     # --- slots ----------------------------------------------------------------------------------
 
@@ -239,7 +176,6 @@ class LocalEngine:
                 batch = []
             batch.append(sequence)
             source = sequence.source
-            self._stats.tokens_reused += sequence.completion.accepted
         if batch:
             self._load(batch)
 
@@ -297,7 +233,7 @@ class LocalEngine:
             self._stats.context["decode"] += sequence.length + 1
             if states is not None:
                 at = len(sequence.completion.token_ids)
-                events += self._probes(sequence, states[slot : slot + 1], at, 1)
+                events += probes(sequence, states[slot : slot + 1], at, 1)
             sequence.take(tokens[slot], logprobs[slot], behaviour[slot], self.policy_version)
         done = [sequence for sequence in running if sequence.finished]
         self._stats.ticks += 1
@@ -320,19 +256,3 @@ class LocalEngine:
             [len(s.completion.token_ids) for s in running], device=device
         )
         self._changed = False
-
-    def _probes(
-        self, sequence: Running, states: torch.Tensor | None, begin: int, drawn: int
-    ) -> list[Event]:
-        """Probe events among the forwards that drew tokens begin, ..., begin + drawn - 1.
-
-        `states[i]` is the hidden state from which token begin + i was drawn, that is, after
-        reading begin + i completion tokens.
-        """
-        if states is None:
-            return []
-        return [
-            Probed(sequence.request.id, position, states[position - begin].clone())
-            for position in sequence.request.probe_at
-            if begin <= position < begin + drawn
-        ]

@@ -25,8 +25,9 @@ class Sequence:
     """tokens whose keys and values are held"""
     source: Any = None
     """(prefilled cache, row) that holds them while the sequence is ready"""
-    prefilled_tokens: int = 0
     drawn_at_prefill: int = 0
+    reused_at_prefill: int = 0
+    """of these, taken over from the draft"""
     finished: bool = False
     _tokens: tuple[int, ...] = field(default=())
 
@@ -52,7 +53,6 @@ class Sequence:
         self, tokens: list[int], logprobs: list[float], behaviour: list[float], version: int
     ) -> None:
         """Take the accepted draft tokens and the one drawn after them, up to a stop id."""
-        self.prefilled_tokens = self.given
         self.completion.drafted += len(self.draft)
         before = len(self.completion.token_ids)
         for token, logprob, behaviour_logprob in zip(tokens, logprobs, behaviour, strict=True):
@@ -60,7 +60,8 @@ class Sequence:
             if self.finished:
                 break
         self.drawn_at_prefill = len(self.completion.token_ids) - before
-        self.completion.accepted += min(self.drawn_at_prefill, len(tokens) - 1)
+        self.reused_at_prefill = min(self.drawn_at_prefill, len(tokens) - 1)
+        self.completion.accepted += self.reused_at_prefill
         self.length = self.given + self.drawn_at_prefill - 1
 
     def take(self, token: int, logprob: float, behaviour_logprob: float, version: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -71,7 +72,7 @@ def load_model(config: ModelSection, folder: str | Path | None = None) -> PreTra
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain(config.path if folder is None else path, error) from None
     switch_off_dropout(model)
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]

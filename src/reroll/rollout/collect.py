@@ -146,7 +146,7 @@ def _finish(groups: list[Group], spec: CollectSpec) -> Collected:
     if len(ungraded) > allowed:
         raise UserError(
             f"grading.max_failures = {spec.max_failures}: {len(ungraded)} of {len(rollouts)} "
-            f"rollouts came back ungraded; the first failure was:\n{first}"
+            f"rollouts came back ungraded; the first failure was:\n{first.rstrip()}"
         )
     return Collected(
         groups,

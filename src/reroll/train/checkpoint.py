@@ -104,8 +104,8 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> list[int]:
         reward = json.loads((path / "state.json").read_text()).get("held_out_reward")
         if reward is not None:
             rewards[step] = reward
-    best = sorted(rewards, key=lambda step: (rewards[step], step))[len(rewards) - keep_best :]
-    kept = {*list(found)[-keep_last:], *(best if keep_best else ())}
+    best = sorted(rewards, key=lambda step: (rewards[step], step), reverse=True)[:keep_best]
+    kept = {*list(found)[-keep_last:], *best}
     gone = [step for step in found if step not in kept]
     for step in gone:
         shutil.rmtree(found[step])
