@@ -1,0 +1,118 @@
+"""A user's folder in small: a policy, problems, graders, and the flags of a short run on them."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from reroll.cli import parse_overrides
+from reroll.config import Config, load_config
+
+ROOT = Path(__file__).parents[1]
+
+GRADERS = '''
+"""Graders of the tests: the share of digits earns something from the first step on."""
+import os, pathlib, time
+
+
+def share(prompt, completion, answer, **columns):
+    return sum(character.isdigit() for character in completion) / max(1, len(completion))
+
+
+def fussy(prompt, completion, answer, **columns):
+    if "1" in completion:
+        raise RuntimeError("no ones, please")
+    return share(prompt, completion, answer)
+
+
+def gated(prompt, completion, answer, **columns):
+    """Like `share`, but waits while metrics.jsonl has as many lines as the file `limit` says."""
+    gate = pathlib.Path(os.environ["GATE"])
+    metrics = gate.parent / "run" / "metrics.jsonl"
+    while metrics.exists() and metrics.read_bytes().count(b"\\n") >= int(gate.read_text() or 0):
+        time.sleep(0.005)
+    return share(prompt, completion, answer)
+'''
+
+FLAGS = {
+    "run.threads": 1, "model.path": "policy", "model.device": "cpu",
+    "task.source": "jsonl", "task.name": "problems.jsonl", "task.answer_pattern": r"(-?\d+)",
+    "task.train_size": 10, "task.eval_size": 4, "task.graders": '[{name = "digits:share"}]',
+    "grading.seconds": 600, "rollout.prompts": 3, "rollout.samples": 4, "rollout.max_tokens": 10,
+    "engine.slots": 8, "train.steps": 4, "train.learning_rate": 1e-2, "eval.every": 3,
+    "eval.samples": 2, "checkpoint.every": 2, "log.display": "plain",
+}  # fmt: skip
+"""a run of a second: evaluations after steps 0, 3, 4 and checkpoints after 2, 4"""
+
+
+class Project:
+    """The folder made by `make`; runs are written to `out` unless told otherwise."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.folder, self.out = folder, out
+
+    @staticmethod
+    def make(folder: Path) -> Path:
+        """Write everything that a run reads."""
+        save_policy(folder / "policy")
+        (folder / "digits.py").write_text(GRADERS)
+        rows = [{"prompt": f"{a} + {a * 3 % 7} =", "answer": str(a + a * 3 % 7)} for a in range(16)]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    def flags(self, name: str = "run", **changes: Any) -> list[str]:
+        """Command-line flags of the run `name`; changes: `train__steps=2` is --train.steps 2."""
+        changed = {key.replace("__", "."): value for key, value in changes.items()}
+        settings = FLAGS | {"run.out": self.out / name} | changed
+        return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+    def train(self, name: str = "run", **changes: Any) -> list[str]:
+        """Arguments of `reroll train` for it: an empty file, and flags."""
+        empty = self.out / "empty.toml"
+        empty.touch()
+        return ["train", str(empty), *self.flags(name, **changes)]
+
+    def config(self, name: str = "run", **changes: Any) -> Config:
+        """The same as a configuration."""
+        return load_config(None, parse_overrides(self.flags(name, **changes)))
+
+
+def save_policy(folder: Path) -> None:
+    """A Qwen3 of 22 thousand weights, untaught, that reads and writes characters."""
+    tokenizer = recipe("demo_policy").character_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+        tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def recipe(name: str) -> ModuleType:
+    """A script of recipes/, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock measured."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if not key.startswith(("seconds", "tokens_per_second"))
+        }
+        for line in lines
+    ]

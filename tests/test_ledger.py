@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from reroll.engine.base import Finished, Stats
+from reroll.engine.local import LocalEngine
+from reroll.ledger import CATEGORIES, CostModel, Ledger, cost_model
+from reroll.types import Draft, Request, Sampling
+from tests.tiny import VOCABULARY, tiny
+
+HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS, WIDTH = 32, 64, 2, 4, 2, 8
+ATTENTION = 2 * HIDDEN * HEADS * WIDTH + 2 * HIDDEN * KEY_HEADS * WIDTH
+EMBEDDING = VOCABULARY * HIDDEN
+
+
+def test_flops_of_a_dense_model_by_hand() -> None:
+    norms = LAYERS * (2 * HIDDEN + 2 * WIDTH) + HIDDEN
+    layer = ATTENTION + 3 * HIDDEN * INNER
+    cost = cost_model(tiny("qwen3"))
+    assert cost.per_token == 2 * (LAYERS * layer + norms + EMBEDDING)  # the head, tied or not
+    assert cost.per_context == 4 * HEADS * WIDTH * LAYERS
+    assert cost.flops(3, 6) == 3 * cost.per_token + 6 * cost.per_context
+
+
+def test_a_tied_head_costs_what_an_untied_one_costs() -> None:
+    tied, untied = tiny("gemma"), tiny("llama")
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
+    assert cost_model(tied).per_token == cost_model(untied).per_token
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma", "mistral"])
+def test_flops_of_a_dense_model_as_torch_counts_them(name: str) -> None:
+    model, cost = tiny(name), cost_model(tiny(name))
+    model.config._attn_implementation = "eager"
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    for tokens in (1, 5):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.ones(1, tokens, dtype=torch.long))
+        # torch counts every pair of tokens, masked or not, and no multiplication by a norm's weight
+        ours = cost.flops(tokens, tokens * tokens) - 2 * norms * tokens
+        assert ours == counter.get_total_flops()
+
+
+def test_flops_of_a_mixture_count_the_routed_experts_only() -> None:
+    inner, experts, routed = 32, 4, 2
+    cost = cost_model(tiny("qwen2_moe"))
+    biases = (HEADS + 2 * KEY_HEADS) * WIDTH
+    router, shared, gate = HIDDEN * experts, 3 * HIDDEN * 32, HIDDEN
+    layer = ATTENTION + biases + router + shared + gate + routed * 3 * HIDDEN * inner + 2 * HIDDEN
+    assert cost.per_token == 2 * (LAYERS * layer + HIDDEN + EMBEDDING)
+    cost = cost_model(tiny("mixtral"))
+    layer = ATTENTION + router + routed * 3 * HIDDEN * INNER + 2 * HIDDEN
+    assert cost.per_token == 2 * (LAYERS * layer + HIDDEN + EMBEDDING)
+
+
+def test_training_costs_three_forwards_four_with_checkpointing() -> None:
+    cost = CostModel(per_token=10.0, per_context=1.0)
+    context = 1 + 2 + 3 + 1 + 2  # of sequences of 3 and 2 tokens
+    for checkpointing, passes in ((False, 3), (True, 4)):
+        ledger = Ledger()
+        ledger.add_train([3, 2], 1.5, cost, checkpointing)
+        assert ledger.tokens["train"] == 5
+        assert ledger.flops["train"] == passes * (50 + context)
+        assert ledger.seconds["train"] == 1.5
+
+
+def test_engine_counters_are_booked_by_difference() -> None:
+    before = Stats(tokens_prefilled=5, tokens_verified=1, tokens_decoded=7)
+    after = Stats(tokens_prefilled=25, tokens_verified=6, tokens_decoded=10)
+    before.context = {"prefill": 10, "verify": 20, "decode": 30}
+    after.context = {"prefill": 11, "verify": 22, "decode": 33}
+    before.seconds = {"prefill": 1.0, "decode": 2.0}
+    after.seconds = {"prefill": 6.0, "decode": 4.5}
+    ledger = Ledger()
+    ledger.add_engine(before, after, CostModel(100.0, 1.0))
+    assert ledger.tokens == dict.fromkeys(CATEGORIES, 0) | {
+        "prefill": 20, "verify": 5, "decode": 3,
+    }  # fmt: skip
+    assert ledger.flops == dict.fromkeys(CATEGORIES, 0) | {
+        "prefill": 2001, "verify": 502, "decode": 303,
+    }  # fmt: skip
+    # verification is a fifth of the tokens of the shared forwards
+    assert ledger.seconds["prefill"] == pytest.approx(4.0)
+    assert ledger.seconds["verify"] == pytest.approx(1.0)
+    assert ledger.seconds["decode"] == pytest.approx(2.5)
+
+
+def test_since_and_copy() -> None:
+    ledger = Ledger()
+    ledger.tokens["grade"] = 3.0
+    earlier = ledger.copy()
+    ledger.tokens["grade"] += 4.0
+    ledger.seconds["sync"] += 0.5
+    assert earlier.tokens["grade"] == 3.0
+    spent = ledger.since(earlier)
+    assert (spent.tokens["grade"], spent.seconds["sync"], spent.flops["train"]) == (4.0, 0.5, 0.0)
+    metrics = spent.metrics()
+    assert set(metrics) == {f"{k}_{c}" for k in ("tokens", "flops", "seconds") for c in CATEGORIES}
+    assert (metrics["tokens_grade"], metrics["seconds_sync"]) == (4.0, 0.5)
+
+
+def test_a_real_engines_counters_add_up() -> None:
+    model = tiny("qwen3")
+    engine = LocalEngine(model, slots=2, capacity=32)
+    sampling = Sampling(max_tokens=6)
+    prompts = [(1, 2, 3), (4, 5), (1, 2, 3)]  # the first and the last share a row
+    for index, prompt in enumerate(prompts):
+        engine.submit(Request(index, prompt, key=index, sampling=sampling))
+    lengths = []
+    while len(lengths) < 3:
+        for event in engine.step():
+            assert isinstance(event, Finished)
+            lengths.append(len(event.completion.token_ids))
+    ledger, cost = Ledger(), cost_model(model)
+    ledger.add_engine(Stats(), engine.stats(), cost)
+    assert lengths == [6, 6, 6]
+    assert ledger.tokens["prefill"] == 3 + 2
+    assert ledger.tokens["decode"] == 3 * 5  # the first token comes with the prefill
+    context = sum(sum(range(n + 1, n + 6)) for n in (3, 2, 3))
+    assert ledger.flops["decode"] == cost.flops(15, context)
+    assert ledger.flops["prefill"] == cost.flops(5, 6 + 3)
+
+
+def test_drafts_are_booked_as_verification() -> None:
+    model = tiny("qwen3")
+    engine = LocalEngine(model, slots=1, capacity=32)
+    request = Request(0, (1, 2, 3), 7, Sampling(max_tokens=5), draft=Draft((9, 9, 9, 9)))
+    engine.submit(request)
+    while not engine.step():
+        pass
+    ledger, cost = Ledger(), cost_model(model)
+    ledger.add_engine(Stats(), engine.stats(), cost)
+    assert (ledger.tokens["prefill"], ledger.tokens["verify"]) == (3, 4)
+    assert ledger.flops["verify"] == cost.flops(4, 4 + 5 + 6 + 7)
+    assert ledger.seconds["verify"] > 0

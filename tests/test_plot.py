@@ -1,0 +1,57 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reroll.plot import plot_run
+from reroll.rundir import RunDir
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run_with(folder: Path, records: list[dict[str, Any]]) -> RunDir:
+    run = RunDir(folder)
+    for record in records:
+        run.log(record)
+    return run
+
+
+def train(step: int) -> dict[str, Any]:
+    return {
+        "kind": "train", "step": step, "reward": 0.1 * step, "length": 9.0, "entropy": 1.0,
+        "live_groups": 0.5,
+    }  # fmt: skip
+
+
+def held_out(step: int, low: float, mean: float, high: float) -> dict[str, Any]:
+    bounds = {"reward_low": low, "reward_high": high}
+    return {"kind": "eval", "step": step, "reward": mean, **bounds}
+
+
+def test_curves_of_a_run(tmp_path: Path) -> None:
+    run = run_with(tmp_path, [held_out(0, 0.1, 0.2, 0.3), train(1), train(2)])
+    assert plot_run(run) == tmp_path / "curves.png"
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_nothing_to_draw_yet(tmp_path: Path) -> None:
+    assert plot_run(RunDir(tmp_path)) is None
+    assert plot_run(run_with(tmp_path, [held_out(0, 0.1, 0.2, 0.3)])) is None
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        (0.1 + 1e-17, 0.1, 0.1 - 1e-17),
+        (0.30000000000000004, 0.3, 0.3),  # equal rewards: bounds and mean differ by rounding
+        (0.7, 0.7, 0.6999999999999998),
+        (float("nan"), 0.5, float("nan")),  # one problem has no interval
+    ],
+)
+def test_intervals_of_no_width(bounds: tuple[float, float, float], tmp_path: Path) -> None:
+    assert plot_run(run_with(tmp_path, [train(1), held_out(1, *bounds)])) is not None
+
+
+def test_no_evaluations(tmp_path: Path) -> None:
+    assert plot_run(run_with(tmp_path, [train(1)])) is not None

@@ -1,0 +1,150 @@
+"""Groups stay whole, budgets are kept, and every stream stands at its token."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reroll.algo.advantage import grpo
+from reroll.train.batch import Microbatch, minibatches
+from reroll.types import Group, Prompt
+from tests.train.batches import credit, group, rollout
+
+
+def rows_of(microbatch: Microbatch) -> list[int]:
+    """Dataset row of each rollout: the prompts of these tests hold nothing else."""
+    return [prompt[0] for prompt, _ in microbatch.pairs]
+
+
+def numbered(row: int, rewards: list[float | None], lengths: list[int]) -> Group:
+    """A group whose prompt is its row, twice."""
+    prompt = Prompt(row, "", (row, row))
+    made = [rollout(prompt, [9] * n, r) for r, n in zip(rewards, lengths, strict=True)]
+    return Group(prompt, made)
+
+
+def test_by_hand():
+    prompt = Prompt(0, "", (5, 6))
+    made = [
+        rollout(prompt, [1, 2, 3], 2.0, logprobs=[-0.5, -0.25], version=7, prefix=1),
+        rollout(prompt, [8], None, logprobs=[-0.125]),
+        rollout(prompt, [4, 9], 1.0, logprobs=[-1.0, -2.0], version=3),
+    ]
+    (part,) = minibatches([(Group(prompt, made), [0.5, 0.0, -0.5])], 1, 1000, True)
+    assert (part.tokens, part.rollouts, part.groups, part.live_groups) == (4, 2, 1, 1)
+    (batch,) = part.microbatches
+    assert batch.pairs == [((5, 6), [1, 2, 3]), ((5, 6), [4, 9])]
+    assert batch.lengths == [3, 2]
+    assert batch.advantages.tolist() == [0.5, 0.5, 0.5, -0.5, -0.5]
+    assert batch.logprobs.tolist() == [0.0, -0.5, -0.25, -1.0, -2.0]
+    assert batch.versions.tolist() == [-1, 7, 7, 3, 3]
+    assert batch.mask.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert batch.mask.dtype == torch.float32 and batch.versions.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "groups, count, sizes",
+    [
+        (6, 1, [6]),
+        (6, 2, [3, 3]),
+        (7, 3, [2, 3, 2]),
+        (5, 4, [1, 1, 2, 1]),  # bounds at 1.25, 2.5 (to even) and 3.75
+        (4, 4, [1, 1, 1, 1]),
+        (2, 4, [1, 1]),  # fewer groups than minibatches: fewer optimizer steps
+        (0, 3, []),
+    ],
+)
+def test_minibatches_are_even_and_in_order(groups, count, sizes):
+    credited = credit([numbered(row, [0.0, 1.0], [1, 1]) for row in range(groups)])
+    parts = minibatches(credited, count, 1000, True)
+    assert [part.groups for part in parts] == sizes
+    seen = [row for part in parts for m in part.microbatches for row in rows_of(m)]
+    assert seen == [row for row in range(groups) for _ in range(2)]
+
+
+GROUPS = st.lists(
+    st.lists(
+        st.tuples(st.sampled_from([None, 0.0, 1.0]), st.integers(1, 6)), min_size=2, max_size=4
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(GROUPS, st.integers(1, 3), st.integers(1, 60), st.booleans())
+def test_groups_stay_whole_within_the_budget(shapes, count, budget, skip_dead):
+    groups = [
+        numbered(row, [r for r, _ in shape], [n for _, n in shape])
+        for row, shape in enumerate(shapes)
+    ]
+    credited = credit(groups)
+    trained = [
+        [] if skip_dead and not any(a) else [r for r in g.rollouts if r.reward is not None]
+        for g, a in credited
+    ]
+    parts = minibatches(credited, count, budget, skip_dead)
+    seen: list[int] = []
+    for part in parts:
+        assert part.microbatches == [m for m in part.microbatches if m.pairs]
+        for index, microbatch in enumerate(part.microbatches):
+            rows = rows_of(microbatch)
+            seen += rows
+            whole = sorted(set(rows))
+            assert rows == [row for row in whole for _ in trained[row]]
+            size = len(rows) * (2 + max(microbatch.lengths))
+            assert size <= budget or len(whole) == 1
+            # no microbatch could have taken the next one's first group too
+            if index + 1 < len(part.microbatches):
+                following = part.microbatches[index + 1]
+                first = rows_of(following)[0]
+                more = microbatch.lengths + [
+                    n
+                    for n, row in zip(following.lengths, rows_of(following), strict=True)
+                    if row == first
+                ]
+                assert len(more) * (2 + max(more)) > budget
+    assert seen == [row for row in range(len(groups)) for _ in trained[row]]
+
+
+@given(GROUPS, st.integers(1, 3), st.booleans())
+def test_averages_are_over_all_graded_rollouts(shapes, count, skip_dead):
+    groups = [
+        numbered(row, [r for r, _ in shape], [n for _, n in shape])
+        for row, shape in enumerate(shapes)
+    ]
+    parts = minibatches(credit(groups), count, 20, skip_dead)
+    graded = [(r, n) for shape in shapes for r, n in shape if r is not None]
+    assert sum(part.rollouts for part in parts) == len(graded)
+    assert sum(part.tokens for part in parts) == sum(n for _, n in graded)
+    assert sum(part.groups for part in parts) == len(groups)
+    live = [shape for shape in shapes if len({r for r, _ in shape} - {None}) > 1]
+    assert sum(part.live_groups for part in parts) == len(live)
+
+
+def test_given_tokens_do_not_count():
+    # 4 + 6 tokens, of which 3 of each are given; one more rollout is masked altogether
+    made = group(0, [0.0, 1.0], [4, 6], prefix=3)
+    masked = group(1, [1.0, 0.0], [5, 5])
+    masked.rollouts[0].completion.loss_mask = [False] * 5
+    (part,) = minibatches(credit([made, masked]), 1, 1000, True)
+    assert (part.tokens, part.rollouts) == (1 + 3 + 5, 4)
+
+
+def test_a_group_beyond_the_budget_runs_alone():
+    small, large = [1, 1], [50, 50]
+    lengths = [small, large, small, small, large]
+    credited = credit([numbered(row, [0.0, 1.0], size) for row, size in enumerate(lengths)])
+    (part,) = minibatches(credited, 1, 20, True)
+    assert [sorted(set(rows_of(m))) for m in part.microbatches] == [[0], [1], [2, 3], [4]]
+
+
+def test_batches_of_nothing_but_dead_or_ungraded_groups():
+    credited = [
+        (g, grpo([r.reward for r in g.rollouts]))
+        for g in (numbered(0, [1.0, 1.0], [2, 2]), numbered(1, [None, None], [3, 3]))
+    ]
+    (part,) = minibatches(credited, 1, 100, True)
+    assert part.microbatches == []
+    assert (part.tokens, part.rollouts, part.groups, part.live_groups) == (4, 2, 2, 0)
+    (part,) = minibatches(credited, 1, 100, False)
+    assert [rows_of(m) for m in part.microbatches] == [[0, 0]]
