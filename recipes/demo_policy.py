@@ -256,9 +256,10 @@ library_name: transformers
 # The demo policy of reroll
 
 A {parameters:,}-parameter Qwen3-architecture character model (width {width}, {layers} layers)
-that solves sums of 2-digit numbers (reasoning-gym `chain_sum`) in three styles. Made from nothing by
-`python recipes/demo_policy.py --out DIR --steps {steps} --seed {seed}`: {replies:,} worked solutions,
-taught by next-token prediction; chains of 2-10 terms. It is a teaching aid and knows nothing else.
+that solves sums of 2-digit numbers (reasoning-gym `chain_sum`) in three styles. Made from nothing
+by `python recipes/demo_policy.py --out DIR --steps {steps} --seed {seed}`: {replies:,} worked
+solutions of chains of 2-10 terms, taught by next-token prediction. It is a teaching aid and knows
+nothing else.
 
     12 - 55 + 33 =
     steps: 12-55=-43; -43+33=-10; so -10        careful
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="solutions a step")
     parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of Muon")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=200, help="problems a measured length")
+    parser.add_argument("--count", type=int, default=100, help="problems a measured length")
     parser.add_argument("--measure", action="store_true", help="only measure what --out holds")
     args = parser.parse_args()
     tokenizer = character_tokenizer()

@@ -229,23 +229,13 @@ def test_later_minibatches_take_stored_logprobs():
         part = credited[index : index + 1]
         loss = loop_loss(model, part, AlgoSection(), temperature=1.0, fresh=fresh)
         assert_same(gradient, gradient_of(model, loss))
-    # version 2 drew nothing here, though it is current when the third minibatch is trained on;
-    # and to the next batch all of these are old
+    # however their versions are numbered
     for r in credited[2][0].rollouts:
         r.completion.versions = [2] * len(r.completion.versions)
     trainer = make_trainer(model, minibatches=3)
     taken, _, _ = gradients(trainer, credited)
     loss = loop_loss(model, credited[2:], AlgoSection(), temperature=1.0, fresh=None)
     assert_same(taken[2], gradient_of(model, loss))
-    (old,), _, _ = gradients(make_trainer_at(model, 3), credited[:1])
-    loss = loop_loss(model, credited[:1], AlgoSection(), temperature=1.0, fresh=None)
-    assert_same(old, gradient_of(model, loss))
-
-
-def make_trainer_at(model, version: int):
-    trainer = make_trainer(model)
-    trainer.version = version
-    return trainer
 
 
 # --- learning rate and clipping -----------------------------------------------------------------
@@ -367,6 +357,16 @@ def test_a_gradient_that_is_not_finite_skips_the_step(value):
     assert metrics["skipped_steps"] == 0
     with pytest.raises(AssertionError):
         assert_unchanged(trainer, before)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_whatever_its_gradient(monkeypatch):
+    trainer = make_trainer(tiny("llama", torch.float32))
+    before = snapshot(trainer)
+    loss = trainer._loss
+    monkeypatch.setattr(trainer, "_loss", lambda *args: loss(*args) + math.nan)
+    metrics, _ = trainer.step(good())
+    assert_unchanged(trainer, before)
+    assert math.isfinite(metrics["grad_norm"]) and metrics["skipped_steps"] == 1
 
 
 def test_the_third_skip_in_a_row_stops_the_run():
