@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reroll
-from reroll.cli import main
+from reroll.cli import main, split_settings
 from reroll.config import describe, load_config
 from tests.project import Project
 
@@ -306,3 +306,11 @@ def test_a_damaged_checkpoint(project: Project, mistake: Mistake) -> None:
     (newest / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     message = mistake(project.train(train__steps=2, checkpoint__every=1))
     assert str(newest) in message
+
+
+def test_settings_may_stand_before_the_config() -> None:
+    words = ["train", "--run.seed", "5", "c.toml", "--run.out=x", "--lr"]
+    assert split_settings(words) == (
+        ["train", "c.toml", "--lr"],
+        ["--run.seed", "5", "--run.out=x"],
+    )

@@ -167,3 +167,11 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         run.log({"kind": "train", "step": 1})
     assert "metrics.jsonl: cannot write: No space left on device; free space" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_metrics_are_strict_json(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.log({"kind": "train", "step": 1, "loss": float("nan"), "reward": 0.5})
+    assert "NaN" not in run.metrics_path.read_text()
+    (record,) = run.records()
+    assert record["loss"] != record["loss"] and record["reward"] == 0.5

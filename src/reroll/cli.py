@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    words, flags = split_settings(sys.argv[1:] if arguments is None else arguments)
+    args, rest = parser.parse_known_args(words)
     try:
-        overrides = parse_overrides(rest)
+        overrides = parse_overrides([*flags, *rest])
         if args.command == "demo":
             return _train(load_config(_demo_config(), {"run.out": args.out, **overrides}))
         if args.command == "train":
@@ -58,6 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(other words, settings with their values): settings may stand before CONFIG too."""
+    others: list[str] = []
+    flags: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            others.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and left:
+            flags.append(left.pop(0))
+    return others, flags
 
 
 def parse_overrides(rest: Sequence[str]) -> dict[str, str]:

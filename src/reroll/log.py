@@ -3,7 +3,6 @@
 Trackers (TensorBoard, W&B, trackio) are imported here only, and only when asked for.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,8 +129,3 @@ def _trackio(folder: Path, settings: dict[str, Any]) -> Tracker:
 
     run = trackio.init(project="reroll", name=folder.name, resume="allow", config=settings)
     return lambda metrics, step: run.log(metrics, step=step)
-
-
-def warn(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ curves.png       reward, held-out reward, length and entropy over the steps
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,23 @@ class RunDir:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        _append(self.metrics_path, [record])
+        # strict JSON has no nan: an interval of one problem, a loss that was not finite
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        _append(self.metrics_path, [finite])
 
     def sample(self, records: list[dict[str, Any]]) -> None:
         """Append lines to samples.jsonl."""
         _append(self.samples_path, records)
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
+        """All lines of metrics.jsonl; null comes back as nan."""
         if not self.metrics_path.exists():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        lines = map(json.loads, self.metrics_path.read_text().splitlines())
+        return [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
 
 
 def _append(path: Path, records: list[dict[str, Any]]) -> None:
