@@ -33,6 +33,7 @@ SIZES = {
     "25m": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=8),
 }
 VOCABULARY = 128
+REPEATS = {("3m", "equal"): 5, ("3m", "ragged"): 3, ("25m", "equal"): 3, ("25m", "ragged"): 1}
 SEED = 0
 
 
@@ -248,7 +249,7 @@ def main() -> None:
         }
         for size in SIZES:
             for name, lengths in cases.items():
-                repeats = 1 if quick else (5 if size == "3m" else 2)
+                repeats = 1 if quick else REPEATS[size, name]
                 figures = parts.measure(
                     f"{name}_{size}",
                     lambda s=size, n=lengths, r=repeats: paired(processes, s, n, slots, r),

@@ -28,7 +28,9 @@ class RunSection(Section):
     out: str = Field(
         default="runs/run", description="run directory; starting again with it resumes"
     )
-    seed: int = Field(default=0, ge=0, description="seed of the data order and of every noise key")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="seed of the data order and of every noise key"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves the choice to torch")
 
 

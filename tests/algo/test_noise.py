@@ -228,6 +228,10 @@ def neighbours(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     if name == "integer key":
         values = bits(torch.arange(-20_000, 20_001), 0, 2)
         return values[:-1, 1], values[1:, 1]
+    if name == "integer key against position":
+        counting, zeros = torch.arange(-20_000, 20_000), torch.zeros(40_000, dtype=torch.long)
+        later = uniform_bits(counting, zeros + 1, 2)
+        return later[:, 1], uniform_bits(counting + 1, zeros, 2)[:, 1]
     if name == "sample":
         made = [[make_key(0, "train", row, s, 0) for row in range(10_000)] for s in (0, 1)]
     elif name == "visit":
@@ -241,10 +245,20 @@ def neighbours(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-ARGUMENTS = ["token", "position", "integer key", "sample", "visit", "row", "seed"]
+ARGUMENTS = [
+    "token",
+    "position",
+    "token against position",
+    "integer key",
+    "integer key against position",
+    "sample",
+    "visit",
+    "row",
+    "seed",
+]
 
 
-@pytest.mark.parametrize("name", [*ARGUMENTS, "token against position"])
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_neighbours_are_independent(name):
     first, second = (values.flatten() for values in neighbours(name))
     count = len(first)

@@ -54,7 +54,8 @@ def minibatches(
     """Cut a batch into `count` minibatches of whole groups, as even as can be, in order.
 
     skip_dead: leave out groups without signal. They add nothing to the policy gradient, but still
-    count in the averages, so the step is the same as if they had been run.
+    count in the averages, so the gradient is the same as if they had been run. (A minibatch of
+    nothing but such groups takes no optimizer step at all.)
     """
     bounds = [round(i * len(credited) / count) for i in range(count + 1)]
     parts = [credited[a:b] for a, b in pairwise(bounds)]
