@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from reroll.algo.sample import Drawn, Law, draw
+from reroll.engine.fastlinear import onednn_forwards, replaced
 from reroll.engine.masks import decode_mask, mask_style
 from reroll.engine.slots import SlotCache
 from reroll.model.ragged import pad
@@ -58,20 +59,25 @@ class Runner:
         self.model, self.autocast = model, autocast
         self.device = model.device
         self.style = mask_style(model.config)
+        self._modules = list(model.modules())
+        self._forwards = [] if autocast is not None else onednn_forwards(model)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients, eval mode (restored afterwards), the trainer's autocast."""
-        was_training = self.model.training
-        self.model.eval()
+        training = [module for module in self._modules if module.training]
+        for module in training:
+            module.training = False
         try:
             with (
                 torch.inference_mode(),
+                replaced(self._forwards),
                 torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             ):
                 yield
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
 
     def prefill(
         self, rows: Sequence[Sequence[int]], given: Sequence[int], hidden: bool
