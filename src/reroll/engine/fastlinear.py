@@ -1,7 +1,7 @@
 """Faster matrix products for decoding on CPUs: oneDNN instead of the BLAS that torch links.
 
-`torch.nn.functional.linear` in float32 calls MKL, which on AMD processors keeps to AVX2; oneDNN
-takes what the processor has (here: half the time at 64 rows). The operator reads the module's own
+`torch.nn.functional.linear` in float32 calls the BLAS; where that is MKL on an AMD processor,
+oneDNN took half the time at 64 rows (docs/log.md). The operator reads the module's own
 dense weight, so there is still no copy to keep equal. It has no gradient, hence engine only.
 """
 
