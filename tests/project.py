@@ -1,16 +1,22 @@
 """A user's folder in small: a policy, problems, graders, and the flags of a short run on them."""
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from reroll.cli import parse_overrides
 from reroll.config import Config, load_config
+from reroll.loop import train
+from reroll.train.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,6 +27,14 @@ import os, pathlib, time
 
 def share(prompt, completion, answer, **columns):
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
+
+
+def dull(prompt, completion, answer, **columns):
+    return 0.5
+
+
+def hopeless(prompt, completion, answer, **columns):
+    raise RuntimeError("never")
 
 
 def fussy(prompt, completion, answer, **columns):
@@ -116,3 +130,89 @@ def records(run: Path) -> list[dict[str, Any]]:
         }
         for line in lines
     ]
+
+
+class Wholes:
+    """Runs from the first step to the last in one go, each made once."""
+
+    def __init__(self, folder: Path, out: Callable[[], Path]) -> None:
+        self.folder, self.out = folder, out
+        self.made: dict[str, Path] = {}
+
+    def __call__(self, **changes: Any) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in self.made:
+            with contextlib.chdir(self.folder):
+                self.made[key] = train(Project(self.folder, self.out()).config(**changes)).path
+        return self.made[key]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All that the newest checkpoint has as tensors: policy or adapters, critic, moments."""
+    newest = max(checkpoints(run / "checkpoints").items())[1]
+    return {
+        f"{file.stem}/{name}": value
+        for file in sorted(newest.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """What else the newest checkpoint remembers."""
+    newest = max(checkpoints(run / "checkpoints").items())[1]
+    return json.loads((newest / "state.json").read_text())
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """The same lines, times aside, the same rollouts, weights and moments, bit for bit."""
+    assert records(run) == records(other)
+    assert (run / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert max(checkpoints(run / "checkpoints")) == max(checkpoints(other / "checkpoints"))
+    ours, theirs = state_of(run), state_of(other)
+    for key in ("trainer", "cursor"):
+        assert ours[key] == theirs[key]
+    for kind in ("tokens", "flops"):
+        assert ours["ledger"][kind] == theirs["ledger"][kind]
+
+
+def lines_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    return [record for record in records(run) if record["kind"] == kind]
+
+
+def steps_of(run: Path, kind: str = "train") -> list[int]:
+    return [record["step"] for record in lines_of(run, kind)]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL in this process: nothing but `finally` runs after it."""
+
+
+def kill(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+def at_call(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, act: Callable[..., None],
+    after: bool = False,
+) -> list[int]:  # fmt: skip
+    """Let `act` (which gets the arguments) happen before or after call number `call` of a function.
+
+    Returns a list with the number of calls.
+    """
+    function, calls = getattr(owner, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        due = calls[0] == call
+        if due and not after:
+            act(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if due and after:
+            act(*args, **kwargs)
+        return result
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls

@@ -9,7 +9,7 @@ import pytest
 
 import reroll
 from reroll.cli import main, split_settings
-from reroll.config import describe, load_config
+from reroll.config import ALGORITHMS, describe, load_config
 from tests.project import Project
 
 COMMANDS = ["demo", "train", "eval"]
@@ -42,6 +42,10 @@ def test_help_shows_every_setting(command: str, capsys: pytest.CaptureFixture[st
     assert out.startswith(f"usage: reroll {command}")
     for key, kind, default, text in describe():
         assert f"  --{key} {kind} (default {default})\n        {text}\n" in f"{out}\n"
+    for name, filled in ALGORITHMS.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"  {name}: ")]
+        shown = line.partition(": ")[2].split(", ")
+        assert shown == [f"{key} = {value}" for key, value in filled.items()]
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,15 +54,26 @@ def test_flops_of_a_mixture_count_the_routed_experts_only() -> None:
     assert cost.per_token == 2 * (LAYERS * layer + HIDDEN + EMBEDDING)
 
 
-def test_training_costs_three_forwards_four_with_checkpointing() -> None:
+@pytest.mark.parametrize("category", ["score", "train"])
+def test_forwards_are_booked_by_their_passes(category: str) -> None:
     cost = CostModel(per_token=10.0, per_context=1.0)
-    context = 1 + 2 + 3 + 1 + 2  # of sequences of 3 and 2 tokens
-    for checkpointing, passes in ((False, 3), (True, 4)):
-        ledger = Ledger()
-        ledger.add_train([3, 2], 1.5, cost, checkpointing)
-        assert ledger.tokens["train"] == 5
-        assert ledger.flops["train"] == passes * (50 + context)
-        assert ledger.seconds["train"] == 1.5
+    ledger = Ledger()
+    ledger.add_forwards(category, [(3, [3, 2]), (1, [4])], 1.5, cost)
+    first, second = 1 + 2 + 3 + 1 + 2, 1 + 2 + 3 + 4  # of sequences of 3 and 2 tokens, and of 4
+    assert ledger.tokens == dict.fromkeys(CATEGORIES, 0) | {category: 5 + 4}
+    assert ledger.flops[category] == 3 * (50 + first) + 1 * (40 + second)
+    assert ledger.seconds == dict.fromkeys(CATEGORIES, 0) | {category: 1.5}
+    ledger.add_forwards(category, [(2, [1])], 0.5, cost)
+    assert ledger.tokens[category] == 10
+    assert ledger.flops[category] == 3 * (50 + first) + 1 * (40 + second) + 2 * (10 + 1)
+    assert ledger.seconds[category] == 2.0
+
+
+def test_no_forwards_are_still_seconds() -> None:
+    ledger = Ledger()
+    ledger.add_forwards("score", [], 0.25, CostModel(10.0, 1.0))
+    assert ledger.tokens == ledger.flops == dict.fromkeys(CATEGORIES, 0)
+    assert ledger.seconds["score"] == 0.25
 
 
 def test_engine_counters_are_booked_by_difference() -> None:

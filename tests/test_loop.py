@@ -31,8 +31,20 @@ from reroll.summary import print_summary
 from reroll.tasks.pool import GraderPool
 from reroll.train import checkpoint
 from reroll.train.checkpoint import checkpoints
+from reroll.train.policy import PolicyLoss
 from reroll.train.trainer import Trainer
-from tests.project import Project, records
+from tests.project import (
+    Killed,
+    Project,
+    Wholes,
+    assert_same,
+    at_call,
+    kill,
+    lines_of,
+    records,
+    state_of,
+    steps_of,
+)
 
 RICH = {
     "train__steps": 5, "train__minibatches": 2, "train__warmup": 1, "train__decay": "cosine",
@@ -40,8 +52,6 @@ RICH = {
     "rollout__truncated": "penalty", "rollout__max_tokens": 6, "checkpoint__keep_last": 1,
 }  # fmt: skip
 """settings with as much state as there is: schedules by step, a reference, optimizer moments"""
-
-Whole = Callable[..., Path]
 
 
 @pytest.fixture
@@ -51,50 +61,9 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Runs from the first step to the last in one go, each made once."""
-    made: dict[str, Path] = {}
-
-    def run(**changes: Any) -> Path:
-        key = json.dumps(changes, sort_keys=True)
-        if key not in made:
-            project = Project(project_folder, tmp_path_factory.mktemp("whole"))
-            with contextlib.chdir(project_folder):
-                made[key] = train(project.config(**changes)).path
-        return made[key]
-
-    return run
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer moments of the newest checkpoint."""
-    newest = max(checkpoints(run / "checkpoints").items())[1]
-    moments = load_file(newest / "optimizer.safetensors")
-    return load_file(newest / "model.safetensors") | {f"opt/{k}": v for k, v in moments.items()}
-
-
-def state_of(run: Path) -> dict[str, Any]:
-    """What else the newest checkpoint remembers."""
-    newest = max(checkpoints(run / "checkpoints").items())[1]
-    return json.loads((newest / "state.json").read_text())
-
-
-def assert_same(run: Path, other: Path) -> None:
-    """The same lines, times aside, the same rollouts, weights and moments, bit for bit."""
-    assert records(run) == records(other)
-    assert (run / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
-    ours, theirs = weights(run), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert max(checkpoints(run / "checkpoints")) == max(checkpoints(other / "checkpoints"))
-    ours, theirs = state_of(run), state_of(other)
-    assert ours["trainer"] == theirs["trainer"]
-    for kind in ("tokens", "flops"):
-        assert ours["ledger"][kind] == theirs["ledger"][kind]
-
-
-def steps_of(run: Path, kind: str = "train") -> list[int]:
-    return [record["step"] for record in records(run) if record["kind"] == kind]
+def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """Runs that were not interrupted."""
+    return Wholes(project_folder, lambda: tmp_path_factory.mktemp("whole"))
 
 
 # --- what a run leaves behind ---------------------------------------------------------------------
@@ -125,7 +94,8 @@ def test_a_run_writes_what_it_promises(
     expected = {
         "kind", "step", "epoch", "version", "reward", "reward_digits:share", "length", "length_max",
         "truncated", "stopped", "ungraded", "entropy", "loss", "grad_norm", "clip_fraction",
-        "approx_kl", "skipped_steps", "live_groups", "tokens_trained", "learning_rate",
+        "approx_kl", "skipped_steps", "live_groups", "small_groups", "offpolicy_tokens",
+        "tokens_trained", "learning_rate",
         "seconds_rollout", "tokens_per_second",
         *(f"{k}_{c}" for k in ("tokens", "flops", "seconds") for c in CATEGORIES),
     }  # fmt: skip
@@ -135,6 +105,7 @@ def test_a_run_writes_what_it_promises(
         assert 0 < line["reward"] < 1
         assert line["reward"] == line["reward_digits:share"]
         assert 0 < line["live_groups"] <= 1
+        assert line["small_groups"] == line["offpolicy_tokens"] == 0
         assert 0 < line["length"] <= line["length_max"] <= 10
         assert math.log(99) * 0.9 < line["entropy"] < math.log(99) * 1.1  # an untaught policy
         assert line["tokens_grade"] == round(line["length"] * 12)
@@ -215,7 +186,7 @@ def test_the_same_command_again_does_nothing(
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_more_steps_go_on(project: Project, whole: Whole) -> None:
+def test_more_steps_go_on(project: Project, whole: Wholes) -> None:
     assert main(project.train(train__steps=3)) == 0
     assert main(project.train(train__steps=5)) == 0
     reference = whole(train__steps=5)
@@ -233,7 +204,7 @@ def test_the_seed_decides(project: Project) -> None:
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_what_does_not_matter_does_not_matter(project: Project, whole: Whole) -> None:
+def test_what_does_not_matter_does_not_matter(project: Project, whole: Wholes) -> None:
     other = train(
         project.config(
             checkpoint__every=1, checkpoint__keep_best=2, grading__workers=2, log__display="off",
@@ -244,7 +215,7 @@ def test_what_does_not_matter_does_not_matter(project: Project, whole: Whole) ->
 
 
 @pytest.mark.parametrize("slots", [1, 64])
-def test_slots_change_no_token(slots: int, project: Project, whole: Whole) -> None:
+def test_slots_change_no_token(slots: int, project: Project, whole: Wholes) -> None:
     run = train(project.config(engine__slots=slots, train__steps=1)).path
     reference = (whole() / "samples.jsonl").read_text().splitlines()[:2]
     assert (run / "samples.jsonl").read_text().splitlines() == reference
@@ -266,38 +237,6 @@ def test_old_checkpoints_go_and_the_best_stays(project: Project) -> None:
 
 
 # --- killed at any moment -------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL in this process: nothing but `finally` runs after it."""
-
-
-def at_call(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, act: Callable[..., None],
-    after: bool = False,
-) -> list[int]:  # fmt: skip
-    """Let `act` (which gets the arguments) happen before or after call number `call` of a function.
-
-    Returns a list with the number of calls.
-    """
-    function, calls = getattr(owner, name), [0]
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        due = calls[0] == call
-        if due and not after:
-            act(*args, **kwargs)
-        result = function(*args, **kwargs)
-        if due and after:
-            act(*args, **kwargs)
-        return result
-
-    monkeypatch.setattr(owner, name, wrapped)
-    return calls
-
-
-def kill(*_: Any, **__: Any) -> None:
-    raise Killed
 
 
 def write_half_a_line(run: RunDir, record: dict[str, Any]) -> None:
@@ -347,7 +286,7 @@ MOMENTS: dict[str, tuple[Any, str, int, Callable[..., None], bool]] = {
 @pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_started_again_it_is_the_run_that_was_not_killed(
-    moment: str, project: Project, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    moment: str, project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = whole(**RICH)
     owner, name, call, act, after = MOMENTS[moment]
@@ -364,7 +303,7 @@ def test_killed_and_started_again_it_is_the_run_that_was_not_killed(
 
 @pytest.mark.usefixtures("no_curves")
 def test_killed_again_while_starting_again(
-    project: Project, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = project.config(**RICH)
     for owner, name, call in (
@@ -398,7 +337,7 @@ def test_the_last_evaluation_is_remembered(
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_leftovers_of_a_kill_are_cleared_away(project: Project, whole: Whole) -> None:
+def test_leftovers_of_a_kill_are_cleared_away(project: Project, whole: Wholes) -> None:
     config = project.config(**RICH | {"checkpoint__keep_last": 9})
     train(config)
     run = project.out / "run"
@@ -522,7 +461,7 @@ INTERRUPTS: dict[str, tuple[Any, str, int, Callable[..., None], bool, int]] = {
 def test_interrupted_and_started_again_it_is_the_run_that_was_not_interrupted(
     moment: str,
     project: Project,
-    whole: Whole,
+    whole: Wholes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -545,7 +484,7 @@ def test_interrupted_and_started_again_it_is_the_run_that_was_not_interrupted(
 
 @pytest.mark.usefixtures("no_curves")
 def test_a_second_ctrl_c_waits_for_the_checkpoint(
-    project: Project, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         at_call(patch, GraderPool, "submit", 30, interrupt)
@@ -564,9 +503,9 @@ def test_a_second_ctrl_c_waits_for_the_checkpoint(
 def test_a_loss_that_is_not_finite(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = Trainer._loss
+    loss = PolicyLoss.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_loss", lambda *args: loss(*args) * float("nan"))
+        patch.setattr(PolicyLoss, "__call__", lambda *args: loss(*args) * float("nan"))
         assert main(project.train(eval__every=0)) == 1
     captured = capsys.readouterr()
     run = project.out / "run"
@@ -600,7 +539,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 def test_a_disk_that_is_full_at_a_checkpoint(
     name: str,
     project: Project,
-    whole: Whole,
+    whole: Wholes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -627,7 +566,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(
 @pytest.mark.usefixtures("no_curves")
 def test_a_disk_that_is_full_while_tensors_are_written(
     project: Project,
-    whole: Whole,
+    whole: Wholes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -680,24 +619,26 @@ def test_too_many_ungraded_rollouts_stop_the_run(
 def test_few_ungraded_rollouts_are_counted_and_left_out(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[Any] = []
-    at_call(monkeypatch, Trainer, "step", 1, lambda trainer, credited: seen.extend(credited))
+    collected: list[Any] = []
+    credited: list[Any] = []
+    at_call(monkeypatch, Trainer, "credit", 1, lambda _, groups: collected.extend(groups))
+    at_call(monkeypatch, Trainer, "step", 1, lambda _, groups: credited.extend(groups))
     fussy = {"task__graders": '[{name = "digits:fussy"}]', "grading__max_failures": 1}
     assert main(project.train(train__steps=1, **fussy)) == 0
-    (line,) = [r for r in records(project.out / "run") if r["kind"] == "train"]
-    pairs = [
-        (rollout, advantage)
-        for group, advantages in seen
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True)
-    ]
-    failed = [(r, a) for r, a in pairs if "1" in r.text]
-    graded = [r for r, _ in pairs if "1" not in r.text]
+    (line,) = lines_of(project.out / "run")
+    everything = [rollout for group in collected for rollout in group.rollouts]
+    failed = [r for r in everything if "1" in r.text]
+    graded = [r for r in everything if "1" not in r.text]
     assert 0 < len(failed) < 12
     assert line["ungraded"] == len(failed)
-    assert all(r.reward is None and a == 0 for r, a in failed)
+    assert all(r.reward is None for r in failed)
     assert line["reward"] == pytest.approx(sum(r.reward for r in graded) / len(graded))
-    live = [group for group, advantages in seen if any(advantages)]
-    trained = [r for group in live for r in group.rollouts if r.reward is not None]
+    assert [[one.rollout for one in group] for group in credited] == [
+        [r for r in group.rollouts if r.reward is not None] for group in collected
+    ]
+    live = [group for group in credited if any(one.advantages.any() for one in group)]
+    assert line["live_groups"] == len(live) / 3
+    trained = [one.rollout for group in live for one in group]
     assert line["tokens_trained"] == sum(len(r.completion.token_ids) for r in trained)
     said = f"step 1: {len(failed)} rollouts left ungraded (RuntimeError: no ones, please)"
     assert said in capsys.readouterr().out

@@ -92,6 +92,9 @@ def test_a_last_line_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
         ("train.learning_rate", "1e-06", "0.001"),
         ("run.seed", "0", "1"),
         ("rollout.prompts", "32", "2"),
+        ("algo.clip_high", "0.2", "0.25"),
+        ("train.epochs", "1", "2"),
+        ("lora.rank", "0", "4"),
     ],
 )
 def test_another_configuration_is_refused_by_name_of_the_key(
@@ -103,6 +106,19 @@ def test_another_configuration_is_refused_by_name_of_the_key(
     assert f"({key}: {old} -> {new})" in message
     both = refusal(run, load_config(None, {key: new, "eval.every": "3", "eval.greedy": "false"}))
     assert "and 2 more)" in both
+
+
+def test_another_algorithm_is_refused_with_what_its_name_stands_for(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run", configured(algo__name="grpo"))
+    message = refusal(run, configured(algo__name="rloo"))
+    # its advantage, ratio, and estimator and place of the KL
+    assert "(algo.name: 'grpo' -> 'rloo' and 4 more); choose another directory" in message
+    # the same settings by another name are another run too: config.toml would not say so
+    spelled = configured(
+        algo__name="rloo", algo__advantage="grpo", algo__ratio="token", algo__kl_in="loss",
+        algo__kl_estimator="k3",
+    )  # fmt: skip
+    assert "(algo.name: 'grpo' -> 'rloo'); choose" in refusal(run, spelled)
 
 
 def test_settings_that_change_nothing_may_change(tmp_path: Path) -> None:

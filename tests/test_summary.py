@@ -55,6 +55,7 @@ def test_before_and_after_and_where(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert table["pass@2"][2] == "+0.350"
     assert table["completion length (tokens)"] == ["10.0", "15.0", "+5.0"]
+    assert {"score", "train"} < set(table)
     assert table["decode"] == ["15,000,000,000", "15", "15000000000.0"]
     assert table["reward"] == ["0.100", "0.500"]
     written = text.partition("Written:")[2].split()

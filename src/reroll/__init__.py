@@ -1,3 +1,3 @@
 """reroll: reinforcement learning with verifiable rewards on language models, made cheap."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from reroll import __version__
-from reroll.config import Config, describe, load_config
+from reroll.config import ALGORITHMS, Config, describe, load_config
 from reroll.errors import UserError
 
 DEMO = """\
@@ -26,7 +26,8 @@ last checkpoint; the run that was killed and started again is the run that was n
 
   reroll train recipes/chain_sum.toml
   reroll train recipes/own_data.toml --model.path Qwen/Qwen3-0.6B --task.name problems.jsonl
-  reroll train recipes/chain_sum.toml --run.out runs/b --train.learning_rate 5e-5"""
+  reroll train recipes/chain_sum.toml --run.out runs/b --algo.name gspo
+  reroll train recipes/ppo.toml --train.learning_rate 5e-5"""
 
 EVAL = """\
 Evaluate a policy on its task's held-out problems: mean reward, pass@k, maj@k, greedy, each with a
@@ -193,6 +194,9 @@ def _settings() -> str:
     lines = ["settings (--section.key value; in the file: [section] key = value):"]
     for key, kind, default, text in describe():
         lines.append(f"  --{key} {kind} (default {default})\n        {text}")
+    lines.append("what algo.name fills in where [algo] leaves a setting out:")
+    for name, filled in ALGORITHMS.items():
+        lines.append(f"  {name}: " + ", ".join(f"{k} = {v}" for k, v in filled.items()))
     return "\n".join(lines)
 
 

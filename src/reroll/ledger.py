@@ -1,14 +1,18 @@
 """Ledger: tokens, FLOPs and seconds by category, added up over a run.
 
-Categories: prefill, verify, decode (engine), grade (grader processes, beside the engine), train
-(forward, backward, optimizer), sync (engine and trainer trading places: weights, checkpoints).
+Categories: prefill, verify, decode (engine), grade (grader processes, beside the engine), score
+(forwards of reference, critic and proximal policy before a batch is trained on), train (forward,
+backward, optimizer; policy and critic), sync (engine and trainer trading places: weights,
+checkpoints).
 
 FLOPs are counted, not measured: a forward of one token costs 2 for each parameter it passes (of a
 mixture of experts the routed ones only, embeddings looked up are free, the output head counted)
 and, for each token it attends to, 4 for each element of the query heads; a trained token costs
-three forwards, four with gradient checkpointing.
+three forwards, two where the weights are frozen but for adapters, one more with gradient
+checkpointing. A critic's trunk counts like the policy.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 
@@ -16,8 +20,9 @@ from transformers import PreTrainedModel
 
 from reroll.engine.base import Stats
 from reroll.model.load import embeddings
+from reroll.train.trainer import Work
 
-CATEGORIES = ("prefill", "verify", "decode", "grade", "train", "sync")
+CATEGORIES = ("prefill", "verify", "decode", "grade", "score", "train", "sync")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +79,15 @@ class Ledger:
         self.seconds["verify"] += forwards * share
         self.seconds["decode"] += after.seconds["decode"] - before.seconds["decode"]
 
-    def add_train(
-        self, lengths: list[int], seconds: float, cost: CostModel, checkpointing: bool
+    def add_forwards(
+        self, category: str, work: Sequence[Work], seconds: float, cost: CostModel
     ) -> None:
-        """Book training on sequences of these lengths (prompt + completion)."""
-        passes = 4 if checkpointing else 3
-        context = sum(n * (n + 1) // 2 for n in lengths)
-        self.tokens["train"] += sum(lengths)
-        self.flops["train"] += passes * cost.flops(sum(lengths), context)
-        self.seconds["train"] += seconds
+        """Book what the trainer ran: scoring ("score") or training ("train")."""
+        for passes, lengths in work:
+            context = sum(n * (n + 1) // 2 for n in lengths)
+            self.tokens[category] += sum(lengths)
+            self.flops[category] += passes * cost.flops(sum(lengths), context)
+        self.seconds[category] += seconds
 
     def since(self, earlier: "Ledger") -> "Ledger":
         """What was booked after `earlier`, a copy of this ledger."""

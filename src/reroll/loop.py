@@ -1,12 +1,13 @@
 """The training loop: configuration in, trained policy out.
 
-    for each step: collect a batch of groups -> advantages -> optimizer steps -> version + 1
+    for each step: collect a batch of groups -> credit -> optimizer steps -> version + 1
 
 Everything that decides what is sampled or trained is a function of the configuration, the weights
 and the step number, so a run killed at any moment and started again from its last checkpoint is
 the run that was not killed.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,19 +15,18 @@ from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
-from reroll.algo.advantage import grpo
 from reroll.config import Config, settings
 from reroll.evaluate import evaluate
 from reroll.interrupt import Interrupts
 from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
-from reroll.order import batch_of
+from reroll.order import stream
 from reroll.plot import plot_run
 from reroll.rollout.collect import Collected, CollectSpec, collect
+from reroll.rollout.refill import refill
 from reroll.rundir import RunDir
 from reroll.setup import Parts, prepare
 from reroll.train import checkpoint
-from reroll.train.batch import Credited
 from reroll.train.trainer import Diverged
 from reroll.types import Finish, Group, Purpose
 
@@ -68,6 +68,8 @@ class _Run:
         self.ledger = Ledger()
         self.done = 0
         """steps that are whole: trained and logged"""
+        self.cursor = 0
+        """place in the stream of prompts after these steps"""
         self.held_out: float | None = None
         self.spec = CollectSpec(
             Purpose.TRAIN,
@@ -116,52 +118,64 @@ class _Run:
             state = self.parts.restored
             self.ledger = Ledger(**state["ledger"])
             self.held_out = state["held_out_reward"]
+            self.cursor = state["cursor"]
             self.display.say(f"going on from step {start} of {self.run.path}")
 
     def _step(self, step: int) -> None:
         """One batch of rollouts and its optimizer steps; a line in metrics.jsonl."""
         parts, ledger, before = self.parts, self.ledger, self.ledger.copy()
-        prompts, visits, epoch = batch_of(
-            step, self.config.rollout.prompts, parts.task.train, self.config.run.seed
-        )
         stats = deepcopy(parts.engine.stats())
         started = time.perf_counter()
-        collected = collect(
-            parts.engine,
-            parts.graders,
-            parts.decode,
-            prompts,
-            visits,
-            self.spec,
-            self.display.rollouts,
-        )
+        collected, groups, cursor = self._collect()
         rollout_seconds = time.perf_counter() - started
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
-            trained = self._train(collected.groups)
+            trained = self._train(groups)
             ledger.add_engine(stats, parts.engine.stats(), parts.cost)
             ledger.tokens["grade"] += sum(_lengths(collected.groups))
             ledger.seconds["grade"] += collected.seconds_grading
             spent = ledger.since(before).metrics()
             metrics = rollout_metrics(collected) | trained | spent
-            metrics |= {"epoch": epoch, "version": parts.trainer.version}
+            if self.config.algo.dynamic_sampling:
+                metrics |= refill_metrics(collected, groups)
+            metrics["epoch"] = self.cursor // len(parts.task.train)
+            metrics["version"] = parts.trainer.version
             metrics["seconds_rollout"] = rollout_seconds
             metrics["tokens_per_second"] = sum(_lengths(collected.groups)) / rollout_seconds
             self.run.log({"kind": "train", "step": step, **metrics})
             self.run.sample(_samples(step, collected.groups, self.config.log.samples))
-            self.done = step
+            self.done, self.cursor = step, cursor
         self._report(step, metrics, collected)
 
+    def _collect(self) -> tuple[Collected, list[Group], int]:
+        """(what was collected, the groups to train on, the cursor after them)."""
+        config, parts, cursor = self.config, self.parts, self.cursor
+
+        def draw(count: int) -> Collected:
+            nonlocal cursor
+            prompts, visits, _ = stream(cursor, count, parts.task.train, config.run.seed)
+            cursor += count
+            progress = self.display.rollouts
+            return collect(
+                parts.engine, parts.graders, parts.decode, prompts, visits, self.spec, progress
+            )
+
+        if config.algo.dynamic_sampling:
+            return *refill(draw, config.rollout.prompts, config.algo.generation_bound), cursor
+        collected = draw(config.rollout.prompts)
+        return collected, collected.groups, cursor
+
     def _train(self, groups: list[Group]) -> dict[str, float]:
-        parts, ledger = self.parts, self.ledger
-        credited: list[Credited] = [(g, grpo([r.reward for r in g.rollouts])) for g in groups]
+        parts, ledger, trainer = self.parts, self.ledger, self.parts.trainer
         started = time.perf_counter()
-        trained, lengths = parts.trainer.step(credited)
-        checkpointing = self.config.train.gradient_checkpointing
-        ledger.add_train(lengths, time.perf_counter() - started, parts.cost, checkpointing)
+        credited, scored = trainer.credit(groups)
+        ledger.add_forwards("score", trainer.take_work(), time.perf_counter() - started, parts.cost)
         started = time.perf_counter()
-        parts.engine.load_weights(parts.trainer.version)
+        trained = trainer.step(credited)
+        ledger.add_forwards("train", trainer.take_work(), time.perf_counter() - started, parts.cost)
+        started = time.perf_counter()
+        parts.engine.load_weights(trainer.version)
         ledger.seconds["sync"] += time.perf_counter() - started
-        return trained
+        return scored | trained
 
     def _report(self, step: int, metrics: dict[str, Any], collected: Collected) -> None:
         for tracker in self.trackers:
@@ -172,6 +186,11 @@ class _Run:
             self.display.say(f"step {step}: {collected.ungraded} rollouts left ungraded ({first})")
         if metrics["skipped_steps"]:
             self.display.say(f"step {step}: loss or gradient not finite, optimizer step skipped")
+        if (short := self.config.rollout.prompts - metrics.get("groups_trained", math.inf)) > 0:
+            self.display.say(
+                f"step {step}: {short:.0f} groups short of rollout.prompts: no more with signal "
+                f"within algo.generation_bound = {self.config.algo.generation_bound}"
+            )
         bound = LOGPROB_BOUNDS["bfloat16" if self.parts.trainer.autocast else "float"]
         if metrics.get("logprob_difference_mean", 0.0) > bound:
             self.display.say(
@@ -212,7 +231,11 @@ class _Run:
         if step in checkpoint.checkpoints(folder):
             return
         started = time.perf_counter()
-        state = {"ledger": asdict(self.ledger), "held_out_reward": self.held_out}
+        state = {
+            "ledger": asdict(self.ledger),
+            "held_out_reward": self.held_out,
+            "cursor": self.cursor,
+        }
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)
             checkpoint.prune(folder, keep.keep_last, keep.keep_best)
@@ -237,6 +260,16 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     for name in graded[0].rewards if graded else ():
         metrics[f"reward_{name}"] = fmean(r.rewards[name] for r in graded)
     return metrics
+
+
+def refill_metrics(collected: Collected, groups: Sequence[Group]) -> dict[str, float]:
+    """What dynamic sampling cost; see docs/glossary.md."""
+    return {
+        "groups_started": float(len(collected.groups)),
+        "groups_trained": float(len(groups)),
+        "live_groups": len(groups) / len(collected.groups),
+        "waste": 1 - sum(_lengths(groups)) / sum(_lengths(collected.groups)),
+    }
 
 
 def _lengths(groups: Sequence[Group]) -> list[int]:

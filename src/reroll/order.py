@@ -1,4 +1,4 @@
-"""Which prompts a step gets: epochs of a seeded shuffle, a function of the step alone."""
+"""Which prompts come next: epochs of a seeded shuffle, a function of the place in the stream."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,17 @@ import numpy as np
 from reroll.types import Prompt
 
 
-def batch_of(
-    step: int, size: int, prompts: Sequence[Prompt], seed: int
+def stream(
+    start: int, count: int, prompts: Sequence[Prompt], seed: int
 ) -> tuple[list[Prompt], list[int], int]:
-    """(prompts, visits, epoch) of training step `step` (from 1).
+    """(prompts, visits, epoch) of `count` places of the endless stream, from place `start`.
 
     Every prompt comes once an epoch, in an order drawn from (seed, epoch); `visit` is the epoch.
     A batch may span the end of one epoch and the beginning of the next.
     """
     chosen, visits = [], []
     orders: dict[int, np.ndarray] = {}
-    for index in range((step - 1) * size, step * size):
+    for index in range(start, start + count):
         epoch, place = divmod(index, len(prompts))
         if epoch not in orders:
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(prompts))

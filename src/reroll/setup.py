@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from reroll.engine.selfcheck import check_servable
 from reroll.errors import UserError
 from reroll.ledger import CostModel, cost_model
 from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
+from reroll.model.lora import add_lora
 from reroll.rundir import RunDir
 from reroll.tasks.load import Task, load_task
 from reroll.tasks.pool import GraderPool
 from reroll.train import checkpoint
+from reroll.train.critic import Critic
 from reroll.train.trainer import Trainer
 from reroll.types import Sampling
 
@@ -59,7 +62,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task, tokenizer)
     folder = checkpoint.checkpoints(run.checkpoints)[step] if run and step is not None else None
-    model = load_model(config.model, folder)
+    model = load_policy(config, folder)
     autocast = pick_autocast(config.model.autocast, model.device)
     difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
     engine = make_engine(config, model, task, autocast)
@@ -114,18 +117,33 @@ def make_engine(
     )
 
 
+def load_policy(config: Config, folder: Path | None = None) -> PreTrainedModel:
+    """The policy at the start or (folder) at a checkpoint, with adapters where LoRA is on."""
+    if config.lora.rank == 0:
+        return load_model(config.model, folder)
+    model = load_model(config.model)
+    add_lora(model, config.lora, config.run.seed, folder)
+    return model.eval()
+
+
 def make_trainer(config: Config, model: PreTrainedModel, autocast: torch.dtype | None) -> Trainer:
-    """A trainer on the engine's module, with the initial policy as reference if KL asks for it."""
-    reference = None
+    """A trainer on the engine's module, with the reference and critic that the algorithm wants."""
+    reference, critic = None, None
     if config.algo.kl_coef > 0:
-        reference = load_model(config.model).requires_grad_(False)
+        lora = config.lora.rank > 0
+        reference = model if lora else load_model(config.model).requires_grad_(False)
+    if config.algo.advantage == "gae":
+        critic = Critic(model, config.critic, config.train)
     return Trainer(
         model,
         config.algo,
         config.train,
         temperature=config.rollout.temperature,
+        max_tokens=config.rollout.max_tokens,
+        correct=config.correct,
         autocast=autocast,
         reference=reference,
+        critic=critic,
     )
 
 

@@ -135,6 +135,8 @@ class Rollout:
     failure: str = ""
     """why it is ungraded: a traceback, a time-out, a death"""
     seconds_grading: float = 0.0
+    weight: float = 1.0
+    """in its group's statistics and in the loss; 1 unless its group was thinned out by design"""
 
 
 @dataclass(slots=True)

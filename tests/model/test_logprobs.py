@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reroll.model.logprobs import token_logprobs
+from reroll.model.logprobs import token_logprobs, token_states
 from tests.model.plain import plain
 from tests.tiny import MIXTURES, SERVED, VOCABULARY, tiny
 
@@ -65,18 +65,69 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
-def test_no_entropy_unless_asked_for():
+def test_no_entropy_and_no_states_unless_asked_for():
     got = token_logprobs(tiny("llama"), pairs(SHAPES))
-    assert got.entropy is None
+    assert got.entropy is None and got.hidden is None
 
 
 @pytest.mark.parametrize("max_tokens", [1, 16, 30, 48, 10_000])
 def test_chunks_change_nothing(max_tokens):
     model, sequences = tiny("qwen3"), pairs(SHAPES)
+    wanted = dict(temperature=0.7, entropy=True, hidden=True)
     with torch.no_grad():
-        whole = token_logprobs(model, sequences, temperature=0.7, entropy=True)
-        got = token_logprobs(model, sequences, temperature=0.7, entropy=True, max_tokens=max_tokens)
+        whole = token_logprobs(model, sequences, **wanted)
+        got = token_logprobs(model, sequences, **wanted, max_tokens=max_tokens)
     torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 30])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2_moe", "opt"])
+def test_states_are_what_enters_the_head_before_each_token(name, max_tokens):
+    model, sequences = tiny(name), pairs(SHAPES)
+    expected = []
+    with torch.no_grad():
+        got = token_logprobs(model, sequences, hidden=True, max_tokens=max_tokens)
+        states = token_states(model.base_model, sequences)
+        for context, continuation in sequences:
+            row = torch.tensor([[*context, *continuation]])
+            layers = model(input_ids=row, output_hidden_states=True).hidden_states
+            # position i predicts token i + 1; after the last token nothing is asked for
+            expected.append(layers[-1][0, len(context) - 1 : -1])
+    close = dict(rtol=0, atol=2e-5 if name in SINGLE else 1e-12)
+    for found in (got.hidden, states):
+        assert found is not None and found.shape == (sum(b for _, b in SHAPES), 32)
+        torch.testing.assert_close(found, torch.cat(expected), **close)
+    assert states.std() > 0.1
+
+
+def test_states_make_the_logprobs():
+    model, sequences = tiny("llama"), pairs(SHAPES)
+    with torch.no_grad():
+        got = token_logprobs(model, sequences, temperature=0.7, hidden=True)
+        assert got.hidden is not None
+        laws = (got.hidden @ model.get_output_embeddings().weight.T / 0.7).log_softmax(-1)
+    drawn = torch.tensor([token for _, continuation in sequences for token in continuation])
+    made = laws[torch.arange(len(drawn)), drawn]
+    torch.testing.assert_close(got.logprobs, made, rtol=0, atol=1e-12)
+
+
+def test_states_carry_the_gradient_of_a_plain_forward():
+    # GPT-2: float64 throughout, so that sums of gradients do not depend on their order
+    model, sequences = tiny("gpt2"), pairs(SHAPES)
+    weights = torch.linspace(-1, 2, sum(b for _, b in SHAPES), dtype=model.dtype)
+    got = token_logprobs(model, sequences, hidden=True)
+    assert got.hidden is not None
+    value = (weights * got.hidden.pow(2).sum(-1)).sum() + (weights * got.logprobs).sum()
+    together = gradient(model, value)
+    states, logs = [], []
+    for context, continuation in sequences:
+        row = torch.tensor([[*context, *continuation]])
+        layers = model(input_ids=row, output_hidden_states=True).hidden_states
+        states.append(layers[-1][0, len(context) - 1 : -1])
+        logs.append(plain(model, context, continuation)[0])
+    apart = (weights * torch.cat(states).pow(2).sum(-1)).sum() + (weights * torch.cat(logs)).sum()
+    expected = gradient(model, apart)
+    assert (together - expected).norm() < 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
 """Groups by hand and by lot, the loss written out as a loop, and the gradients of a trainer."""
 
+import copy
 from collections.abc import Sequence
-from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from reroll.algo.advantage import grpo
-from reroll.config import AlgoSection, TrainSection
-from reroll.train.batch import Credited
+from reroll.config import AlgoSection, CorrectSection, CriticSection, TrainSection
+from reroll.train.credit import Credit, Scores
+from reroll.train.credit import credit as credit_of
+from reroll.train.critic import Critic
 from reroll.train.trainer import Trainer
 from reroll.types import Completion, Group, Prompt, Rollout
 from tests.model.plain import plain
 from tests.tiny import VOCABULARY
+
+MAX_TOKENS = 16
+"""limit on new tokens in these tests"""
 
 
 def rollout(
@@ -23,6 +28,7 @@ def rollout(
     logprobs: list[float] | None = None,
     version: int = 0,
     prefix: int = 0,
+    weight: float = 1.0,
 ) -> Rollout:
     """A rollout whose first `prefix` tokens are given, the others drawn by `version`."""
     drawn = len(tokens) - prefix
@@ -36,7 +42,7 @@ def rollout(
         loss_mask=[False] * prefix + [True] * drawn,
     )
     assert len(logs) == len(tokens)
-    return Rollout(prompt, 0, 0, completion, reward=reward)
+    return Rollout(prompt, 0, 0, completion, reward=reward, weight=weight)
 
 
 def group(
@@ -47,6 +53,7 @@ def group(
     prompt: int = 4,
     version: int = 0,
     prefix: int = 0,
+    weights: Sequence[float] | None = None,
 ) -> Group:
     """Random tokens, the same for the same `row`; stored log-probs of -1."""
     generator = torch.Generator().manual_seed(row)
@@ -56,74 +63,132 @@ def group(
 
     asked = Prompt(row, f"problem {row}", tuple(tokens(prompt)))
     made = [
-        rollout(asked, tokens(length), reward, version=version, prefix=prefix)
-        for reward, length in zip(rewards, lengths, strict=True)
+        rollout(asked, tokens(length), reward, version=version, prefix=prefix, weight=weight)
+        for reward, length, weight in zip(
+            rewards, lengths, weights or [1.0] * len(lengths), strict=True
+        )
     ]
     return Group(asked, made)
 
 
-def credit(groups: Sequence[Group]) -> list[Credited]:
-    """Groups with their advantages."""
-    return [(g, grpo([r.reward for r in g.rollouts])) for g in groups]
+def credit(
+    groups: Sequence[Group],
+    correct: CorrectSection | None = None,
+    *,
+    version: int = 0,
+    scores: Scores | None = None,
+    **algo: Any,
+) -> list[list[Credit]]:
+    """Groups with their credit: that of GRPO unless told otherwise."""
+    return credit_of(
+        groups,
+        AlgoSection(**algo),
+        correct or CorrectSection(),
+        max_tokens=MAX_TOKENS,
+        version=version,
+        scores=scores or Scores(),
+    )[0]
 
 
 def store(
-    model: PreTrainedModel, credited: Sequence[Credited], noise: float, temperature: float = 1.0
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    noise: float,
+    temperature: float = 1.0,
+    truncated: float = 0.0,
 ) -> None:
-    """Store the model's own log-probs for all drawn tokens, off by up to `noise`."""
+    """Store the model's own log-probs for all drawn tokens, off by up to `noise`.
+
+    truncated: how far the law drawn from lies above them, at most (as under top-p).
+    """
     generator = torch.Generator().manual_seed(17)
-    for made, _ in credited:
+    for made in groups:
         for r in made.rollouts:
             c = r.completion
             with torch.no_grad():
                 now = plain(model, list(made.prompt.token_ids), c.token_ids, temperature)[0]
-            # float32 first: this is what a batch holds
-            off = noise * (2 * torch.rand(len(now), generator=generator) - 1)
-            stored = (now.float() + off).tolist()
-            c.logprobs = [x if m else 0.0 for x, m in zip(stored, c.loss_mask, strict=True)]
+            drawn = torch.tensor(c.versions) != -1
+            off = noise * (2 * torch.rand(len(now), generator=generator, dtype=now.dtype) - 1)
+            above = truncated * torch.rand(len(now), generator=generator, dtype=now.dtype)
+            c.logprobs = ((now + off) * drawn).tolist()
+            c.behaviour_logprobs = ((now + off + above) * drawn).tolist()
 
 
 def loop_loss(
     model: PreTrainedModel,
-    credited: Sequence[Credited],
+    credited: Sequence[Sequence[Credit]],
     algo: AlgoSection,
     *,
-    temperature: float,
-    fresh: int | None,
+    temperature: float = 1.0,
+    version: int = 0,
+    first: bool = True,
+    correct: CorrectSection | None = None,
+    proximal: PreTrainedModel | None = None,
     reference: PreTrainedModel | None = None,
 ) -> torch.Tensor:
-    """The minibatch's loss, token by token. fresh: version whose tokens have ratio 1."""
-    rows = []
-    for made, advantages in credited:
-        for r, advantage in zip(made.rollouts, advantages, strict=True):
-            if r.reward is None:
-                continue
-            # a batch holds advantages in float32
-            credit_of_all = float(torch.tensor(advantage))
-            c, context = r.completion, list(made.prompt.token_ids)
-            now, entropy = plain(model, context, c.token_ids, temperature)
-            with torch.no_grad():
-                initial = plain(reference or model, context, c.token_ids, temperature)[0]
-            losses = []
-            for i in range(len(c.token_ids)):
-                if not c.loss_mask[i]:
-                    continue
-                stored = torch.tensor(c.logprobs[i], dtype=now.dtype)
-                old = now[i].detach() if c.versions[i] == fresh else stored
-                ratio = (now[i] - old).exp()
-                clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
-                loss = -torch.minimum(ratio * credit_of_all, clipped * credit_of_all)
-                if reference is not None:
-                    d = initial[i] - now[i]
-                    loss = loss + algo.kl_coef * (d.exp() - d - 1)
-                losses.append(loss - algo.entropy_coef * entropy[i])
-            rows.append(losses)
-    if algo.average == "token":
-        everything = list(chain.from_iterable(rows))
-        return torch.stack(everything).sum() / len(everything)
-    zero = torch.zeros((), dtype=model.dtype)
-    means = [torch.stack(losses).mean() if losses else zero for losses in rows]
-    return torch.stack(means).sum() / len(rows)
+    """A minibatch's loss, token by token, from its advantages and the streams of its rollouts.
+
+    version: of the policy that the batch found; first: `model` is still that one. proximal: that
+    policy, where it is not.
+    """
+    correct = correct or CorrectSection()
+    rows: list[tuple[float, list[torch.Tensor]]] = []
+    for one in (one for part in credited for one in part):
+        c, context = one.rollout.completion, list(one.rollout.prompt.token_ids)
+        now, entropy = plain(model, context, c.token_ids, temperature)
+        with torch.no_grad():
+            initial = plain(reference or model, context, c.token_ids, temperature)[0]
+            found = plain(proximal or model, context, c.token_ids, temperature)[0]
+        lags = [version - v for v in c.versions]
+        trained = [
+            i
+            for i in range(len(c.token_ids))
+            if c.loss_mask[i] and not (correct.mode == "mask" and lags[i] > correct.max_lag)
+        ]
+        log_ratios, factors, olds = {}, {}, {}
+        for i in trained:
+            old = behaviour = now[i].detach()
+            if not (first and lags[i] == 0):
+                old = torch.tensor(c.logprobs[i], dtype=now.dtype)
+                behaviour = torch.tensor(c.behaviour_logprobs[i], dtype=now.dtype)
+            against, factor = old, 1.0
+            if correct.mode == "tis" and lags[i] > 0:
+                against = now[i].detach()
+                factor = (against - behaviour).exp().item()
+            if correct.mode == "decoupled" and lags[i] > 0:
+                against = now[i].detach() if first else found[i]
+                factor = (against - behaviour).exp().item()
+            factors[i] = min(factor, correct.cap) if correct.cap else factor
+            log_ratios[i], olds[i] = now[i] - against, old
+        if algo.ratio != "token" and trained:
+            whole = torch.stack(list(log_ratios.values())).sum()
+            whole = whole / len(trained) if algo.ratio == "sequence" else whole
+            log_ratios = dict.fromkeys(trained, whole)
+        losses = []
+        for i in trained:
+            advantage, ratio = one.advantages[i].item(), log_ratios[i].exp()
+            clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
+            loss = -factors[i] * torch.minimum(ratio * advantage, clipped * advantage)
+            if reference is not None and algo.kl_in == "loss":
+                d = now[i] - initial[i]
+                kl = {"k1": d, "k2": d * d / 2, "k3": (-d).exp() + d - 1}[algo.kl_estimator]
+                if algo.kl_unbiased:
+                    kl = (now[i] - olds[i]).exp() * kl
+                loss = loss + algo.kl_coef * kl
+            losses.append(loss - algo.entropy_coef * entropy[i])
+        rows.append((one.rollout.weight, losses))
+    total = torch.zeros((), dtype=model.dtype)
+    rollouts = sum(weight for weight, _ in rows)
+    tokens = sum(weight * len(losses) for weight, losses in rows)
+    for weight, losses in rows:
+        divisor = {
+            "token": tokens,
+            "sequence": len(losses) * rollouts,
+            "constant": rollouts * MAX_TOKENS,
+        }[algo.average]
+        for loss in losses:
+            total = total + weight * loss / divisor
+    return total
 
 
 def make_trainer(
@@ -131,34 +196,71 @@ def make_trainer(
     *,
     algo: dict | None = None,
     temperature: float = 1.0,
+    max_tokens: int = MAX_TOKENS,
     reference: PreTrainedModel | None = None,
     autocast: torch.dtype | None = None,
-    **train,
+    correct: CorrectSection | None = None,
+    critic: dict | None = None,
+    **train: Any,
 ) -> Trainer:
     """A trainer that leaves gradients as they are, unless told otherwise."""
-    settings = dict(learning_rate=1e-2, max_grad_norm=1e12) | train
+    settings = TrainSection(**(dict(learning_rate=1e-2, max_grad_norm=1e12) | train))
     return Trainer(
         model,
         AlgoSection(**(algo or {})),
-        TrainSection(**settings),
+        settings,
         temperature=temperature,
+        max_tokens=max_tokens,
         reference=reference,
         autocast=autocast,
+        correct=correct,
+        critic=None if critic is None else Critic(model, CriticSection(**critic), settings),
     )
 
 
 def gradients(
-    trainer: Trainer, credited: Sequence[Credited]
-) -> tuple[list[torch.Tensor], dict[str, float], list[int]]:
-    """The gradient of each optimizer step, without taking it; and what `step` returns."""
+    trainer: Trainer, groups: Sequence[Group]
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """The gradient of each optimizer step on a batch, without taking it; and its metrics."""
+    return gradients_of(trainer, trainer.credit(groups)[0])
+
+
+def gradients_of(
+    trainer: Trainer, credited: Sequence[list[Credit]]
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """The same of a credited batch."""
     taken = []
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda: taken.append(flat_gradient(trainer.model))
     try:
-        metrics, forwarded = trainer.step(credited)
+        metrics = trainer.step(credited)
     finally:
         trainer.optimizer.step = step
-    return taken, metrics, forwarded
+    return taken, metrics
+
+
+class Taken(NamedTuple):
+    """An optimizer step: the policy that it started from, and its gradient."""
+
+    model: PreTrainedModel
+    gradient: torch.Tensor
+
+
+def walk(trainer: Trainer, credited: Sequence[list[Credit]]) -> list[Taken]:
+    """Train on a batch; the optimizer steps that it took."""
+    taken = []
+    step = trainer.optimizer.step
+
+    def spy() -> None:
+        taken.append(Taken(copy.deepcopy(trainer.model), flat_gradient(trainer.model)))
+        step()
+
+    trainer.optimizer.step = spy
+    try:
+        trainer.step(credited)
+    finally:
+        trainer.optimizer.step = step
+    return taken
 
 
 def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
@@ -178,6 +280,12 @@ def gradient_of(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
             for p, g in zip(parameters, parts, strict=True)
         ]
     )
+
+
+def forwarded(trainer: Trainer, scoring: bool = False) -> list[int]:
+    """Lengths of the sequences that training (or scoring) ran since the last call."""
+    work = trainer.take_work()
+    return [n for passes, lengths in work if (passes == 1) == scoring for n in lengths]
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-10) -> None:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroll.algo.advantage import grpo
 from reroll.train.batch import Microbatch, minibatches
+from reroll.train.credit import Credit
 from reroll.types import Group, Prompt
 from tests.train.batches import credit, group, rollout
 
@@ -23,23 +23,55 @@ def numbered(row: int, rewards: list[float | None], lengths: list[int]) -> Group
     return Group(prompt, made)
 
 
-def test_by_hand():
+def by_hand() -> list[Credit]:
+    """Two rollouts of a group, of 3 and 2 tokens; the loss is on fewer than could be trained on."""
     prompt = Prompt(0, "", (5, 6))
-    made = [
-        rollout(prompt, [1, 2, 3], 2.0, logprobs=[-0.5, -0.25], version=7, prefix=1),
-        rollout(prompt, [8], None, logprobs=[-0.125]),
-        rollout(prompt, [4, 9], 1.0, logprobs=[-1.0, -2.0], version=3),
+    one = rollout(prompt, [1, 2, 3], 2.0, logprobs=[-0.5, -0.25], version=7, prefix=1, weight=3.0)
+    other = rollout(prompt, [4, 9], 1.0, logprobs=[-1.0, -2.0], version=3, weight=0.5)
+    one.completion.behaviour_logprobs = [0.0, -0.4, -0.2]
+    streams = [torch.arange(5, dtype=torch.float64) + 10 * k for k in range(1, 6)]
+    return [
+        Credit(one, [False, True, True], [0, 0, 0], *(x[:3] for x in streams)),
+        Credit(other, [False, True], [4, 4], *(x[3:] for x in streams)),
     ]
-    (part,) = minibatches([(Group(prompt, made), [0.5, 0.0, -0.5])], 1, 1000, True)
-    assert (part.tokens, part.rollouts, part.groups, part.live_groups) == (4, 2, 1, 1)
+
+
+def test_by_hand():
+    (part,) = minibatches([by_hand()], 1, 1000, True)
+    # 2 tokens of weight 3 and 1 of weight 1/2
+    assert (part.tokens, part.rollouts, part.groups, part.live_groups) == (6.5, 3.5, 1, 1)
     (batch,) = part.microbatches
     assert batch.pairs == [((5, 6), [1, 2, 3]), ((5, 6), [4, 9])]
     assert batch.lengths == [3, 2]
-    assert batch.advantages.tolist() == [0.5, 0.5, 0.5, -0.5, -0.5]
+    assert batch.weights.tolist() == [3.0, 0.5]
+    assert batch.mask.tolist() == [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert batch.lags.tolist() == [0, 0, 0, 4, 4]
     assert batch.logprobs.tolist() == [0.0, -0.5, -0.25, -1.0, -2.0]
-    assert batch.versions.tolist() == [-1, 7, 7, 3, 3]
-    assert batch.mask.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0]
-    assert batch.mask.dtype == torch.float32 and batch.versions.dtype == torch.int64
+    assert batch.behaviour.tolist() == [0.0, -0.4, -0.2, -1.0, -2.0]
+    streams = (batch.advantages, batch.reference, batch.proximal, batch.values, batch.returns)
+    for k, stream in enumerate(streams, start=1):
+        assert stream is not None
+        assert stream.tolist() == [10 * k + i for i in range(5)]
+        assert stream.dtype == torch.float64  # what the formulas made is not rounded on the way
+    assert batch.logprobs.dtype == torch.float64 and batch.lags.dtype == torch.int64
+
+
+def test_what_is_not_there_stays_away():
+    bare = [Credit(c.rollout, c.mask, c.lags, c.advantages) for c in by_hand()]
+    (part,) = minibatches([bare], 1, 1000, True)
+    (batch,) = part.microbatches
+    assert batch.reference is batch.proximal is batch.values is batch.returns is None
+
+
+def test_streams_are_moved_in_the_dtype_of_the_loss():
+    (part,) = minibatches([by_hand()], 1, 1000, True)
+    (batch,) = part.microbatches
+    moved = batch.to(torch.device("cpu"), torch.float32)
+    assert moved.pairs == batch.pairs and moved.lengths == batch.lengths
+    assert moved.lags.dtype == torch.int64
+    for name in ("weights", "mask", "logprobs", "behaviour", "advantages", "reference", "proximal"):
+        assert getattr(moved, name).dtype == torch.float32
+        assert torch.equal(getattr(moved, name), getattr(batch, name).float())
 
 
 @pytest.mark.parametrize(
@@ -79,8 +111,8 @@ def test_groups_stay_whole_within_the_budget(shapes, count, budget, skip_dead):
     ]
     credited = credit(groups)
     trained = [
-        [] if skip_dead and not any(a) else [r for r in g.rollouts if r.reward is not None]
-        for g, a in credited
+        [] if skip_dead and not any(one.advantages.any() for one in part) else part
+        for part in credited
     ]
     parts = minibatches(credited, count, budget, skip_dead)
     seen: list[int] = []
@@ -112,10 +144,13 @@ def test_averages_are_over_all_graded_rollouts(shapes, count, skip_dead):
         numbered(row, [r for r, _ in shape], [n for _, n in shape])
         for row, shape in enumerate(shapes)
     ]
+    for made in groups:  # weights of a half for rollouts of an odd number of tokens
+        for r in made.rollouts:
+            r.weight = 0.5 if len(r.completion.token_ids) % 2 else 1.0
     parts = minibatches(credit(groups), count, 20, skip_dead)
-    graded = [(r, n) for shape in shapes for r, n in shape if r is not None]
-    assert sum(part.rollouts for part in parts) == len(graded)
-    assert sum(part.tokens for part in parts) == sum(n for _, n in graded)
+    graded = [(0.5 if n % 2 else 1.0, n) for shape in shapes for r, n in shape if r is not None]
+    assert sum(part.rollouts for part in parts) == sum(w for w, _ in graded)
+    assert sum(part.tokens for part in parts) == sum(w * n for w, n in graded)
     assert sum(part.groups for part in parts) == len(groups)
     live = [shape for shape in shapes if len({r for r, _ in shape} - {None}) > 1]
     assert sum(part.live_groups for part in parts) == len(live)
@@ -139,10 +174,7 @@ def test_a_group_beyond_the_budget_runs_alone():
 
 
 def test_batches_of_nothing_but_dead_or_ungraded_groups():
-    credited = [
-        (g, grpo([r.reward for r in g.rollouts]))
-        for g in (numbered(0, [1.0, 1.0], [2, 2]), numbered(1, [None, None], [3, 3]))
-    ]
+    credited = credit([numbered(0, [1.0, 1.0], [2, 2]), numbered(1, [None, None], [3, 3])])
     (part,) = minibatches(credited, 1, 100, True)
     assert part.microbatches == []
     assert (part.tokens, part.rollouts, part.groups, part.live_groups) == (4, 2, 2, 0)

@@ -17,7 +17,7 @@ from reroll.model.load import load_model, load_tokenizer
 from reroll.train import checkpoint
 from reroll.train.checkpoint import checkpoints, load, prune, save
 from reroll.train.trainer import Trainer
-from tests.train.batches import credit, group, make_trainer
+from tests.train.batches import group, make_trainer
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def train(trainer: Trainer, step: int) -> None:
     made.prompt = type(made.prompt)(0, "", tuple(t % 16 for t in made.prompt.token_ids))
     for r in made.rollouts:
         r.prompt = made.prompt
-    trainer.step(credit([made]))
+    trainer.step(trainer.credit([made])[0])
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -7,12 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
+from reroll.algo.advantage import grpo
 from reroll.algo.noise import make_key
 from reroll.config import AlgoSection
 from reroll.engine.base import Finished
 from reroll.engine.local import LocalEngine
 from reroll.train import trainer as trainer_module
-from reroll.train.batch import Credited
+from reroll.train.credit import Credit
 from reroll.train.trainer import MAX_SKIPPED, Diverged
 from reroll.types import Group, Prompt, Request, Rollout, Sampling
 from tests.model.plain import plain
@@ -21,24 +22,20 @@ from tests.train.batches import (
     assert_same,
     credit,
     flat_gradient,
+    forwarded,
     gradient_of,
     gradients,
     group,
     loop_loss,
     make_trainer,
     store,
+    walk,
 )
 
-ALGOS = {
-    "token": dict(average="token"),
-    "sequence": dict(average="sequence", clip_low=0.1, clip_high=0.3),
-    "KL": dict(average="token", kl_coef=0.3),
-    "entropy": dict(average="sequence", entropy_coef=0.2),
-    "both": dict(average="sequence", kl_coef=0.3, entropy_coef=0.2),
-}
+AVERAGES = ["token", "sequence", "constant"]
 
 
-def mixed_batch() -> list[Credited]:
+def mixed_batch() -> list[Group]:
     """All that can stand in a batch: prefixes, stale tokens, dead groups, ungraded rollouts."""
     groups = [
         group(0, [0.0, 1.0, 0.5], [5, 9, 3]),
@@ -52,57 +49,38 @@ def mixed_batch() -> list[Credited]:
     groups[0].rollouts[1].completion.versions[:4] = [-5, -5, -3, -3]
     # a truncated rollout under rollout.truncated = "mask"
     groups[5].rollouts[0].completion.loss_mask = [False] * 6
-    return credit(groups)
+    return groups
 
 
 # --- the gradient -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALGOS)
-def test_the_gradient_is_that_of_the_loss_written_out(name):
-    model, temperature = tiny("llama"), 0.8
-    algo = AlgoSection(**ALGOS[name])
-    reference = tiny("llama", seed=1) if algo.kl_coef else None
-    credited = mixed_batch()
-    store(model, credited, noise=0.6, temperature=temperature)
-    trainer = make_trainer(
-        model, algo=ALGOS[name], temperature=temperature, reference=reference, microbatch_tokens=60
-    )
-    taken, metrics, _ = gradients(trainer, credited)
-    expected = loop_loss(
-        model, credited, algo, temperature=temperature, fresh=0, reference=reference
-    )
-    assert_same(taken[0], gradient_of(model, expected))
-    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-10)
-    assert 0.05 < metrics["clip_fraction"] < 0.95
-
-
 def test_a_step_makes_rewarded_tokens_likelier():
     model = tiny("llama")
-    credited = credit([group(0, [0.0, 1.0], [5, 5])])
-    good, bad = (r.completion.token_ids for r in reversed(credited[0][0].rollouts))
-    context = list(credited[0][0].prompt.token_ids)
+    made = group(0, [0.0, 1.0], [5, 5])
+    good, bad = (r.completion.token_ids for r in reversed(made.rollouts))
+    context = list(made.prompt.token_ids)
 
     def margin() -> float:
         with torch.no_grad():
             return (plain(model, context, good)[0] - plain(model, context, bad)[0]).sum().item()
 
     before = margin()
-    make_trainer(model, learning_rate=1e-3).step(credited)
+    make_trainer(model, learning_rate=1e-3).step(credit([made]))
     assert margin() > before + 0.1
 
 
-@pytest.mark.parametrize("algo", [{}, dict(average="sequence")])
-def test_microbatches_change_nothing(algo):
+@pytest.mark.parametrize("average", AVERAGES)
+def test_microbatches_change_nothing(average):
     model = tiny("qwen3")
-    credited = mixed_batch()
-    store(model, credited, noise=0.6)
+    groups = mixed_batch()
+    store(model, groups, noise=0.6)
     found, losses, counts = [], [], []
     for budget in (1_000_000, 70, 64, 1):
         calls = []
         hook = model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        trainer = make_trainer(model, algo=algo, microbatch_tokens=budget)
-        (gradient,), metrics, _ = gradients(trainer, credited)
+        trainer = make_trainer(model, algo=dict(average=average), microbatch_tokens=budget)
+        (gradient,), metrics = gradients(trainer, groups)
         hook.remove()
         found.append(gradient)
         losses.append(metrics["loss"])
@@ -113,20 +91,21 @@ def test_microbatches_change_nothing(algo):
         assert loss == pytest.approx(losses[0], rel=1e-10)
 
 
-@pytest.mark.parametrize("average", ["token", "sequence"])
+@pytest.mark.parametrize("average", AVERAGES)
 def test_skipped_groups_change_nothing(average, monkeypatch):
     model = tiny("qwen3")
-    credited = mixed_batch()
-    store(model, credited, noise=0.6)
+    groups = mixed_batch()
+    store(model, groups, noise=0.6)
     trainer = make_trainer(model, algo=dict(average=average))
-    (skipped,), metrics, lengths = gradients(trainer, credited)
+    (skipped,), metrics = gradients(trainer, groups)
+    lengths = forwarded(trainer)
     original = trainer_module.minibatches
     monkeypatch.setattr(trainer_module, "minibatches", lambda *a: original(*a[:3], False))
     trainer = make_trainer(model, algo=dict(average=average))
-    (run,), all_metrics, all_lengths = gradients(trainer, credited)
+    (run,), all_metrics = gradients(trainer, groups)
     assert_same(skipped, run)
     # the two rollouts of group 1 of prompt + completion 8; ungraded ones are never run
-    assert Counter(all_lengths) - Counter(lengths) == Counter({8: 2})
+    assert Counter(forwarded(trainer)) - Counter(lengths) == Counter({8: 2})
     assert len(lengths) == 9 and metrics["tokens_trained"] == 51
     assert metrics["live_groups"] == all_metrics["live_groups"] == 4 / 6
 
@@ -136,8 +115,8 @@ def test_dead_groups_are_run_where_they_have_a_gradient(algo):
     model = tiny("llama")
     reference = tiny("llama", seed=1) if "kl_coef" in algo else None
     trainer = make_trainer(model, algo=algo, reference=reference)
-    (gradient,), _, lengths = gradients(trainer, credit([group(1, [1.0, 1.0], [4, 4])]))
-    assert lengths == [8, 8]
+    (gradient,), _ = gradients(trainer, [group(1, [1.0, 1.0], [4, 4])])
+    assert forwarded(trainer) == [8, 8]
     assert gradient.norm() > 1e-3
 
 
@@ -145,38 +124,36 @@ def test_a_batch_without_signal_takes_no_step():
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
     trainer = make_trainer(model, weight_decay=0.1)
-    metrics, lengths = trainer.step(credit([group(1, [1.0, 1.0], [4, 4])]))
-    assert trainer.version == 1 and lengths == []
+    metrics = trainer.step(credit([group(1, [1.0, 1.0], [4, 4])]))
+    assert trainer.version == 1 and trainer.take_work() == []
     assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_steps"] == 0.0
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_ungraded_rollouts_are_left_out():
     model = tiny("llama")
-    rewards = [0.0, None, 1.0, None]
-    credited = credit([group(0, rewards, [5, 6, 7, 8])])
-    fewer = copy.deepcopy(credited[0][0])
+    made = group(0, [0.0, None, 1.0, None], [5, 6, 7, 8])
+    fewer = copy.deepcopy(made)
     fewer.rollouts = [r for r in fewer.rollouts if r.reward is not None]
-    for average in ("token", "sequence"):
+    for average in AVERAGES:
         trainer = make_trainer(model, algo=dict(average=average))
-        (gradient,), _, lengths = gradients(trainer, credited)
-        assert lengths == [9, 11]
+        (gradient,), _ = gradients(trainer, [made])
+        assert forwarded(trainer) == [9, 11]
         trainer = make_trainer(model, algo=dict(average=average))
-        assert_same(gradient, gradients(trainer, credit([fewer]))[0][0])
+        assert_same(gradient, gradients(trainer, [fewer])[0][0])
 
 
-@pytest.mark.parametrize("algo", [{}, dict(average="sequence"), dict(entropy_coef=0.5)])
+@pytest.mark.parametrize("algo", [{}, dict(average="token"), dict(entropy_coef=0.5)])
 def test_given_tokens_get_no_gradient(algo):
     # of each rollout only the last token is trained on: the gradient is that of these two alone
     model = tiny("llama")
-    credited = credit([group(0, [0.0, 1.0], [5, 5], prefix=4)])
-    (gradient,), metrics, _ = gradients(make_trainer(model, algo=algo), credited)
-    made, advantages = credited[0]
+    made = group(0, [0.0, 1.0], [5, 5], prefix=4)
+    (gradient,), metrics = gradients(make_trainer(model, algo=algo), [made])
     loss = torch.zeros((), dtype=torch.float64)
-    for r, advantage in zip(made.rollouts, advantages, strict=True):
+    for r, advantage in zip(made.rollouts, grpo([0.0, 1.0]), strict=True):
         context = [*made.prompt.token_ids, *r.completion.token_ids[:4]]
         logprob, entropy = plain(model, context, r.completion.token_ids[4:])
-        loss = loss - float(torch.tensor(advantage)) * logprob.sum() / 2
+        loss = loss - advantage * logprob.sum() / 2
         loss = loss - algo.get("entropy_coef", 0.0) * entropy.sum() / 2
     assert_same(gradient, gradient_of(model, loss))
     assert metrics["tokens_trained"] == 10  # forwarded, though not credited
@@ -188,54 +165,86 @@ def test_given_tokens_get_no_gradient(algo):
 def test_tokens_of_the_current_version_have_ratio_one():
     # stored log-probs are wrong by a factor of e^3, and do not matter
     model = tiny("llama")
-    credited = credit([group(0, [0.0, 1.0], [5, 7]), group(1, [1.0, 0.0], [3, 4])])
-    store(model, credited, noise=3.0)
-    trainer = make_trainer(model)
-    (gradient,), metrics, _ = gradients(trainer, credited)
+    groups = [group(0, [0.0, 1.0], [5, 7]), group(1, [1.0, 0.0], [3, 4])]
+    store(model, groups, noise=3.0)
+    trainer = make_trainer(model, algo=dict(average="token"))
+    (gradient,), metrics = gradients(trainer, groups)
     assert metrics["clip_fraction"] == 0.0 and metrics["approx_kl"] == 0.0
-    store(model, credited, noise=0.0)
-    (expected,), _, _ = gradients(make_trainer(model), credited)
+    store(model, groups, noise=0.0)
+    (expected,), _ = gradients(make_trainer(model, algo=dict(average="token")), groups)
     assert torch.equal(gradient, expected)
     # ratios of 1: the loss is -mean(advantage), token by token
-    weighted = [
-        -a * len(r.completion.token_ids)
-        for made, advantages in credited
-        for r, a in zip(made.rollouts, advantages, strict=True)
-    ]
-    assert metrics["loss"] == pytest.approx(sum(weighted) / 19, rel=1e-6)
+    down, up = grpo([0.0, 1.0])
+    assert metrics["loss"] == pytest.approx(-(5 * down + 7 * up + 3 * up + 4 * down) / 19)
 
 
 @pytest.mark.parametrize("version, current", [(0, 0), (5, 5), (5, 0), (0, 5)])
 def test_tokens_of_other_versions_take_stored_logprobs(version, current):
     model = tiny("llama")
-    credited = credit([group(0, [0.0, 1.0], [5, 7], version=version)])
-    store(model, credited, noise=0.6)
+    groups = [group(0, [0.0, 1.0], [5, 7], version=version)]
+    store(model, groups, noise=0.6)
     trainer = make_trainer(model)
     trainer.version = current
-    (gradient,), metrics, _ = gradients(trainer, credited)
-    loss = loop_loss(model, credited, AlgoSection(), temperature=1.0, fresh=current)
+    (gradient,), metrics = gradients(trainer, groups)
+    loss = loop_loss(model, credit(groups), AlgoSection(), version=current)
     assert_same(gradient, gradient_of(model, loss))
     assert (metrics["clip_fraction"] > 0) == (version != current)
 
 
 def test_later_minibatches_take_stored_logprobs():
     model = tiny("llama")
-    credited = credit([group(row, [0.0, 1.0], [5, 7]) for row in range(3)])
-    store(model, credited, noise=0.6)
+    groups = [group(row, [0.0, 1.0], [5, 7]) for row in range(3)]
+    store(model, groups, noise=0.6)
     trainer = make_trainer(model, minibatches=3)
-    taken, _, _ = gradients(trainer, credited)
+    taken, _ = gradients(trainer, groups)
     assert len(taken) == trainer.version == 3
-    for index, (gradient, fresh) in enumerate(zip(taken, (0, None, None), strict=True)):
-        part = credited[index : index + 1]
-        loss = loop_loss(model, part, AlgoSection(), temperature=1.0, fresh=fresh)
+    for index, gradient in enumerate(taken):
+        part = credit(groups[index : index + 1])
+        loss = loop_loss(model, part, AlgoSection(), first=index == 0)
         assert_same(gradient, gradient_of(model, loss))
     # however their versions are numbered
-    for r in credited[2][0].rollouts:
+    for r in groups[2].rollouts:
         r.completion.versions = [2] * len(r.completion.versions)
     trainer = make_trainer(model, minibatches=3)
-    taken, _, _ = gradients(trainer, credited)
-    loss = loop_loss(model, credited[2:], AlgoSection(), temperature=1.0, fresh=None)
+    taken, _ = gradients(trainer, groups)
+    loss = loop_loss(model, credit(groups[2:]), AlgoSection(), first=False)
     assert_same(taken[2], gradient_of(model, loss))
+
+
+def test_epochs_take_the_same_minibatches_again():
+    # 2 epochs of 2 minibatches: 4 optimizer steps; only the first has ratio 1 throughout
+    groups = [group(row, [0.0, 1.0], [5, 7]) for row in range(4)]
+    model = tiny("llama")
+    store(model, groups, noise=0.0)
+    trainer = make_trainer(model, minibatches=2, epochs=2, learning_rate=3e-3)
+    taken = walk(trainer, trainer.credit(groups)[0])
+    assert len(taken) == trainer.version == 4
+    halves = [credit(groups[:2]), credit(groups[2:])]
+    for index, (policy, gradient) in enumerate(taken):
+        loss = loop_loss(policy, halves[index % 2], AlgoSection(), first=index == 0)
+        assert_same(gradient, gradient_of(policy, loss))
+    # a third epoch would see ratios away from 1, and clips them
+    other = make_trainer(copy.deepcopy(model))
+    other.version = 4
+    _, metrics = gradients(other, groups)
+    assert metrics["approx_kl"] > 1e-3 and metrics["clip_fraction"] > 0.1
+    assert len(forwarded(trainer)) == 2 * 8
+
+
+def test_metrics_of_several_epochs_are_those_of_all_their_steps():
+    model = tiny("llama")
+    groups = [group(row, [0.0, 1.0], [5, 7]) for row in range(2)] + [group(2, [1.0, 1.0], [4, 4])]
+    store(model, groups, noise=0.6)
+    one = make_trainer(model, minibatches=1, epochs=2)
+    taken, metrics = gradients(one, groups)  # the weights stay
+    assert metrics["grad_norm"] == pytest.approx(sum(g.norm().item() for g in taken) / 2)
+    assert metrics["tokens_trained"] == 2 * 24 and metrics["live_groups"] == 2 / 3
+    # the first step has ratio 1, the second that of the stored log-probs
+    for r in (r for made in groups for r in made.rollouts):
+        r.completion.versions = [-9] * len(r.completion.versions)
+    _, later = gradients(make_trainer(model), groups)
+    assert metrics["clip_fraction"] == pytest.approx(later["clip_fraction"] / 2)
+    assert later["clip_fraction"] > 0.1
 
 
 # --- learning rate and clipping -----------------------------------------------------------------
@@ -257,6 +266,11 @@ def test_later_minibatches_take_stored_logprobs():
             {0: 1.0, 1: (1 + math.sqrt(0.75)) / 2, 2: 0.75, 3: 0.5, 4: 0.25, 6: 0.0, 8: 0.0},
         ),
         (dict(steps=2, warmup=4, decay="cosine"), {0: 0.25, 3: 1.0, 4: 1.0, 5: 0.0}),
+        # 2 steps of 3 epochs of 2 minibatches: 12 optimizer steps
+        (
+            dict(steps=2, epochs=3, minibatches=2, decay="linear"),
+            {0: 1.0, 3: 0.75, 6: 0.5, 9: 0.25, 11: 1 / 12, 12: 0.0},
+        ),
     ],
 )
 def test_learning_rates(settings, rates):
@@ -271,11 +285,11 @@ def test_steps_are_taken_at_the_learning_rate():
     credited = credit([group(0, [0.0, 1.0], [5, 7])])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trainer = make_trainer(model, learning_rate=0.01, warmup=4, steps=9)
-    metrics, _ = trainer.step(credited)
+    metrics = trainer.step(credited)
     assert metrics["learning_rate"] == pytest.approx(0.0025)
     moved = torch.cat([(v - before[k]).flatten() for k, v in model.state_dict().items()])
     assert moved.abs().max().item() == pytest.approx(0.0025, rel=1e-3)
-    metrics, _ = trainer.step(credited)
+    metrics = trainer.step(credited)
     assert metrics["learning_rate"] == pytest.approx(0.005)
 
 
@@ -288,10 +302,10 @@ def test_settings_reach_the_optimizer():
 
 def test_gradients_are_scaled_down_to_their_limit():
     model = tiny("llama")
-    credited = credit([group(0, [0.0, 1.0], [5, 7])])
-    (whole,), metrics, _ = gradients(make_trainer(model), credited)
+    groups = [group(0, [0.0, 1.0], [5, 7])]
+    (whole,), metrics = gradients(make_trainer(model), groups)
     assert metrics["grad_norm"] == pytest.approx(whole.norm().item())
-    (scaled,), metrics, _ = gradients(make_trainer(model, max_grad_norm=0.125), credited)
+    (scaled,), metrics = gradients(make_trainer(model, max_grad_norm=0.125), groups)
     # torch divides by norm + 1e-6
     assert scaled.norm().item() == pytest.approx(0.125, rel=1e-5)
     assert_same(scaled * (whole.norm() / scaled.norm()), whole)
@@ -301,14 +315,14 @@ def test_gradients_are_scaled_down_to_their_limit():
 # --- numbers that are not finite ----------------------------------------------------------------
 
 
-def exploding() -> list[Credited]:
-    """Credit of -1 for a token that has become e^1000 times likelier: an infinite loss."""
-    made = group(0, [0.0, 1.0], [5, 7], version=-9)
-    made.rollouts[0].completion.logprobs[2] = -1000.0
-    return credit([made])
+def exploding() -> list[list[Credit]]:
+    """One token of infinite discredit: an infinite loss, and a gradient that is no number."""
+    credited = credit([group(0, [0.0, 1.0], [5, 7], version=-9)])
+    credited[0][0].advantages[2] = -math.inf
+    return credited
 
 
-def good() -> list[Credited]:
+def good() -> list[list[Credit]]:
     return credit([group(1, [0.0, 1.0], [5, 7], version=-9), group(2, [1.0, 0.0], [3, 3])])
 
 
@@ -326,17 +340,17 @@ def assert_unchanged(trainer, before: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("microbatch_tokens", [1, 1000])
 def test_an_infinite_loss_skips_the_step(microbatch_tokens):
     trainer = make_trainer(tiny("llama", torch.float32), microbatch_tokens=microbatch_tokens)
-    metrics, _ = trainer.step(good())
+    metrics = trainer.step(good())
     assert metrics["skipped_steps"] == 0 and math.isfinite(metrics["loss"])
     before = snapshot(trainer)
-    metrics, _ = trainer.step([*exploding(), *good()])
+    metrics = trainer.step([*exploding(), *good()])
     assert_unchanged(trainer, before)
     assert metrics["loss"] == math.inf and metrics["skipped_steps"] == 1
     assert (trainer.version, trainer.skipped_in_a_row) == (2, 1)
     # nothing of it is left in the next step: it is that of a trainer that never saw it
     other = make_trainer(copy.deepcopy(trainer.model), microbatch_tokens=microbatch_tokens)
     other.load_state(copy.deepcopy(trainer.state()))
-    metrics, _ = trainer.step(good())
+    metrics = trainer.step(good())
     other.step(good())
     assert metrics["skipped_steps"] == 0 and trainer.skipped_in_a_row == 0
     assert_unchanged(other, snapshot(trainer))
@@ -347,13 +361,14 @@ def test_a_gradient_that_is_not_finite_skips_the_step(value):
     trainer = make_trainer(tiny("llama", torch.float32))
     trainer.step(good())
     before = snapshot(trainer)
-    spoilt = trainer.parameters[3].register_hook(lambda g: g.index_fill(0, torch.tensor(0), value))
-    metrics, _ = trainer.step(good())
+    parameter = list(trainer.parameters.values())[3]
+    spoilt = parameter.register_hook(lambda g: g.index_fill(0, torch.tensor(0), value))
+    metrics = trainer.step(good())
     assert_unchanged(trainer, before)
     assert math.isfinite(metrics["loss"]) and not math.isfinite(metrics["grad_norm"])
     assert metrics["skipped_steps"] == 1
     spoilt.remove()
-    metrics, _ = trainer.step(good())
+    metrics = trainer.step(good())
     assert metrics["skipped_steps"] == 0
     with pytest.raises(AssertionError):
         assert_unchanged(trainer, before)
@@ -362,11 +377,25 @@ def test_a_gradient_that_is_not_finite_skips_the_step(value):
 def test_a_loss_that_is_not_finite_skips_the_step_whatever_its_gradient(monkeypatch):
     trainer = make_trainer(tiny("llama", torch.float32))
     before = snapshot(trainer)
-    loss = trainer._loss
-    monkeypatch.setattr(trainer, "_loss", lambda *args: loss(*args) + math.nan)
-    metrics, _ = trainer.step(good())
+    loss = trainer.policy_loss
+    monkeypatch.setattr(trainer, "policy_loss", lambda *args: loss(*args) + math.nan)
+    metrics = trainer.step(good())
     assert_unchanged(trainer, before)
     assert math.isfinite(metrics["grad_norm"]) and metrics["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("algo", [{}, dict(name="rloo"), dict(name="gspo")])
+def test_a_ratio_beyond_float32_is_no_infinity(algo):
+    # a token that has become e^1000 times likelier, with credit of either sign
+    groups = [group(0, [0.0, 1.0], [5, 7], version=-9), group(1, [1.0, 0.0], [4, 4], version=-9)]
+    for made in groups:
+        made.rollouts[0].completion.logprobs[2] = -1000.0
+        made.rollouts[0].completion.behaviour_logprobs[2] = -1000.0
+    trainer = make_trainer(tiny("llama", torch.float32), algo=algo)
+    (gradient,), metrics = gradients(trainer, groups)
+    assert gradient.isfinite().all() and gradient.norm() > 0
+    assert metrics["skipped_steps"] == 0
+    assert [name for name, value in metrics.items() if not math.isfinite(value)] == []
 
 
 def test_the_third_skip_in_a_row_stops_the_run():
@@ -390,7 +419,7 @@ def test_a_good_step_between_starts_the_count_again():
     with pytest.raises(Diverged):
         trainer.step(exploding() * 3)
     trainer = make_trainer(tiny("llama", torch.float32), minibatches=3)
-    metrics, _ = trainer.step([*exploding(), *good()[:1], *exploding()])
+    metrics = trainer.step([*exploding(), *good()[:1], *exploding()])
     assert metrics["skipped_steps"] == 2 and trainer.skipped_in_a_row == 1
 
 
@@ -402,16 +431,16 @@ def test_gradient_checkpointing_changes_nothing(name):
     model = tiny(name)
     if name == "gpt2":
         assert model.config.resid_pdrop == model.config.attn_pdrop == 0.1
-    credited = mixed_batch()
-    store(model, credited, noise=0.6)
-    (expected,), _, _ = gradients(make_trainer(model), credited)
+    groups = mixed_batch()
+    store(model, groups, noise=0.6)
+    (expected,), _ = gradients(make_trainer(model), groups)
     trainer = make_trainer(tiny(name), gradient_checkpointing=True)
     inner = next(
         m for n, m in trainer.model.named_modules() if ".0." in n and not any(m.children())
     )
     calls = []
     inner.register_forward_hook(lambda *_: calls.append(1))
-    (got,), _, _ = gradients(trainer, credited)
+    (got,), _ = gradients(trainer, groups)
     assert len(calls) == 2  # once more in the backward pass
     assert not trainer.model.training  # it is the engine's module too
     # Gemma 2 has a softmax in float32
@@ -423,51 +452,53 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 def test_kl_pulls_towards_the_reference():
     model, reference = tiny("llama"), tiny("llama", seed=1)
-    credited = credit([group(0, [1.0, 1.0], [6, 8])])  # dead: nothing but the KL term
+    made = group(0, [1.0, 1.0], [6, 8])  # dead: nothing but the KL term
 
     def distances() -> torch.Tensor:
         """k3, token by token."""
         parts = []
-        for r in credited[0][0].rollouts:
-            pair = list(credited[0][0].prompt.token_ids), r.completion.token_ids
+        for r in made.rollouts:
+            pair = list(made.prompt.token_ids), r.completion.token_ids
             with torch.no_grad():
                 initial = plain(reference, *pair)[0]
             d = initial - plain(model, *pair)[0]
             parts.append(d.exp() - d - 1)
         return torch.cat(parts)
 
-    trainer = make_trainer(model, algo=dict(kl_coef=0.5), reference=reference, learning_rate=1e-3)
-    (gradient,), metrics, _ = gradients(trainer, credited)
+    algo = dict(average="token", kl_coef=0.5)
+    trainer = make_trainer(model, algo=algo, reference=reference, learning_rate=1e-3)
+    (gradient,), metrics = gradients(trainer, [made])
     before = distances().mean()
     assert_same(gradient, gradient_of(model, 0.5 * before))
     assert metrics["kl"] == pytest.approx(before.item(), rel=1e-10)
     assert all(p.grad is None for p in reference.parameters())
-    trainer.step(credited)
+    trainer.step(trainer.credit([made])[0])
     assert distances().mean() < before
 
 
 def test_the_entropy_bonus_raises_entropy():
     model = tiny("llama")
-    credited = credit([group(0, [1.0, 1.0], [6, 8])])
+    made = group(0, [1.0, 1.0], [6, 8])
 
     def entropy() -> torch.Tensor:
-        context = list(credited[0][0].prompt.token_ids)
-        parts = [plain(model, context, r.completion.token_ids)[1] for r in credited[0][0].rollouts]
+        context = list(made.prompt.token_ids)
+        parts = [plain(model, context, r.completion.token_ids)[1] for r in made.rollouts]
         return torch.cat(parts).mean()
 
-    trainer = make_trainer(model, algo=dict(entropy_coef=0.5), learning_rate=1e-3)
-    (gradient,), metrics, _ = gradients(trainer, credited)
+    algo = dict(average="token", entropy_coef=0.5)
+    trainer = make_trainer(model, algo=algo, learning_rate=1e-3)
+    (gradient,), metrics = gradients(trainer, [made])
     before = entropy()
     assert_same(gradient, gradient_of(model, -0.5 * before))
     assert metrics["entropy_exact"] == pytest.approx(before.item(), rel=1e-10)
-    trainer.step(credited)
+    trainer.step(credit([made]))
     assert entropy() > before
 
 
 # --- the engine's log-probs ---------------------------------------------------------------------
 
 
-def engine_batch(model, autocast: torch.dtype | None = None, temperature=0.8) -> list[Credited]:
+def engine_batch(model, autocast: torch.dtype | None = None, temperature=0.8) -> list[Group]:
     """Twelve rollouts drawn by the embedded engine, with its log-probs."""
     engine = LocalEngine(model, slots=5, capacity=64, autocast=autocast)
     sampling = Sampling(max_tokens=24, temperature=temperature, stop_ids=(0,))
@@ -484,65 +515,63 @@ def engine_batch(model, autocast: torch.dtype | None = None, temperature=0.8) ->
         for event in engine.step():
             assert isinstance(event, Finished)
             done[event.completion.request_id] = event.completion
-    return credit(
-        [
-            Group(
-                prompt,
-                [Rollout(prompt, i, 0, done[4 * prompt.row + i], reward=i % 2) for i in range(4)],
-            )
-            for prompt in prompts
-        ]
-    )
+    return [
+        Group(
+            prompt,
+            [Rollout(prompt, i, 0, done[4 * prompt.row + i], reward=i % 2) for i in range(4)],
+        )
+        for prompt in prompts
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_the_engine_and_the_trainer_agree_in_float32(name):
     model = tiny(name, torch.float32)
-    credited = engine_batch(model)
+    groups = engine_batch(model)
     trainer = make_trainer(model, temperature=0.8, check_logprobs=True, microbatch_tokens=200)
-    _, metrics, _ = gradients(trainer, credited)
+    _, metrics = gradients(trainer, groups)
     # logits up to 8 have spacing 5e-7; some tens of roundings go into each
     assert 0 < metrics["logprob_difference_mean"] < 5e-6
     assert metrics["logprob_difference_mean"] < metrics["logprob_difference_max"] < 5e-5
     # at another temperature, or off by one version of the weights, they do not
     other = make_trainer(model, temperature=1.0, check_logprobs=True)
-    assert gradients(other, credited)[1]["logprob_difference_mean"] > 0.05
+    assert gradients(other, groups)[1]["logprob_difference_mean"] > 0.05
 
 
 def test_the_difference_is_that_of_stored_and_recomputed():
     model = tiny("llama")
-    credited = engine_batch(model)
-    logprobs = credited[0][0].rollouts[1].completion.logprobs
+    groups = engine_batch(model)
+    logprobs = groups[0].rollouts[1].completion.logprobs
     logprobs[3] += 0.25
-    tokens = sum(len(r.completion.token_ids) for made, _ in credited for r in made.rollouts)
+    tokens = sum(len(r.completion.token_ids) for made in groups for r in made.rollouts)
     trainer = make_trainer(model, temperature=0.8, check_logprobs=True)
-    _, metrics, _ = gradients(trainer, credited)
-    # a batch holds stored log-probs in float32
+    _, metrics = gradients(trainer, groups)
+    # the engine's log-probs are float32
     assert metrics["logprob_difference_max"] == pytest.approx(0.25, abs=1e-6)
     assert metrics["logprob_difference_mean"] == pytest.approx(0.25 / tokens, abs=1e-6)
-    _, metrics, _ = gradients(make_trainer(model, temperature=0.8), credited)
+    _, metrics = gradients(make_trainer(model, temperature=0.8), groups)
     assert "logprob_difference_max" not in metrics
 
 
 def test_the_engine_and_the_trainer_agree_under_autocast():
     model = tiny("llama", torch.float32)
-    credited = engine_batch(model, autocast=torch.bfloat16)
+    groups = engine_batch(model, autocast=torch.bfloat16)
     # bfloat16 rounds logits between 2 and 4 by 2^-8 = 0.004 on average, in either forward, and
     # the temperature blows that up; the largest of 250 tokens has some more
     same = make_trainer(model, temperature=0.8, check_logprobs=True, autocast=torch.bfloat16)
-    _, metrics, _ = gradients(same, credited)
+    _, metrics = gradients(same, groups)
     assert 0 < metrics["logprob_difference_mean"] < 0.01
     assert metrics["logprob_difference_max"] < 0.1
     # a trainer in float32 would not meet that bound: it lacks what both round alike
     exact = make_trainer(model, temperature=0.8, check_logprobs=True)
-    assert gradients(exact, credited)[1]["logprob_difference_mean"] > 0.01
+    assert gradients(exact, groups)[1]["logprob_difference_mean"] > 0.01
 
 
 # --- state --------------------------------------------------------------------------------------
 
 
 def test_training_goes_on_from_its_state_bitwise():
-    def batch(step: int) -> list[Credited]:
+    def batch(step: int) -> list[list[Credit]]:
         groups = [group(10 * step + row, [0.0, 1.0, 0.5], [5, 7, 2]) for row in range(4)]
         return credit(groups)
 
@@ -554,7 +583,7 @@ def test_training_goes_on_from_its_state_bitwise():
     weights = copy.deepcopy(trainer.model.state_dict())
     state = copy.deepcopy(trainer.state())
     trainer.skipped_in_a_row = 0
-    assert state["version"] == 6 and state["skipped_in_a_row"] == 1
+    assert (state["version"], state["batches"], state["skipped_in_a_row"]) == (6, 3, 1)
     names = {name for name, _ in trainer.model.named_parameters()}
     assert set(state["moments"]) == {
         f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in names
@@ -563,7 +592,7 @@ def test_training_goes_on_from_its_state_bitwise():
     other = make_trainer(tiny("llama", torch.float32, seed=5), **settings)
     other.model.load_state_dict(weights)
     other.load_state(state)
-    assert (other.version, other.skipped_in_a_row) == (6, 1)
+    assert (other.version, other.batches, other.skipped_in_a_row) == (6, 3, 1)
     for step in range(3, 6):
         assert trainer.step(batch(step)) == other.step(batch(step))
     assert_unchanged(other, snapshot(trainer))
@@ -572,7 +601,8 @@ def test_training_goes_on_from_its_state_bitwise():
 
 def test_the_state_of_a_new_trainer_is_empty():
     trainer = make_trainer(tiny("llama"))
-    assert trainer.state() == {"moments": {}, "version": 0, "skipped_in_a_row": 0}
+    counters = dict(version=0, batches=0, critic_steps=0, skipped_in_a_row=0)
+    assert trainer.state() == counters | {"moments": {}, "critic": {}}
     other = make_trainer(tiny("llama"))
     other.load_state(trainer.state())
     assert other.state() == trainer.state()

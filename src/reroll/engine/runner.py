@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from reroll.algo.sample import Drawn, Law, draw
 from reroll.engine.fastlinear import onednn_forwards, replaced
 from reroll.engine.masks import decode_mask, mask_style
 from reroll.engine.slots import SlotCache
+from reroll.model.hidden import hidden_states
 from reroll.model.ragged import pad
 from reroll.types import Request
 
@@ -88,7 +88,7 @@ class Runner:
         """
         tokens, wanted = pad(rows, [g - 1 for g in given], list(map(len, rows)), self.device)
         cache = DynamicCache()
-        with self.hidden_states(hidden) as states:
+        with hidden_states(self.model, hidden) as states:
             logits = self.model(
                 input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=wanted
             ).logits
@@ -110,7 +110,7 @@ class Runner:
         """One token a slot: logits `[active, V]` (and hidden states) after it."""
         cache.begin_tick(lengths, longest)
         mask = decode_mask(self.style, lengths, longest, self.autocast or self.model.dtype)
-        with self.hidden_states(hidden) as states:
+        with hidden_states(self.model, hidden) as states:
             logits = self.model(
                 input_ids=tokens[:, None],
                 position_ids=lengths[:, None],
@@ -125,18 +125,3 @@ class Runner:
         """Draw with autocast off: the law is computed in float32 or wider."""
         with torch.autocast(self.device.type, enabled=False):
             return draw(logits, positions, law)
-
-    @contextmanager
-    def hidden_states(self, wanted: bool) -> Iterator[list[torch.Tensor]]:
-        """Collect what enters the output head: the last hidden state, in any architecture."""
-        states: list[torch.Tensor] = []
-        if not wanted:
-            yield states
-            return
-        head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Module)
-        hook = head.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-        try:
-            yield states
-        finally:
-            hook.remove()

@@ -11,16 +11,21 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from reroll.model.ragged import pad, padded_size
+from reroll.model.hidden import hidden_states
+from reroll.model.ragged import Padded, pad, padded_size
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
 class LogProbs(NamedTuple):
-    """Packed `[T]`: log-prob of each continuation token; entropy of the law it was drawn from."""
+    """Packed `[T]`: log-prob of each continuation token; entropy of the law it was drawn from.
+
+    hidden `[T, H]`: the last hidden state that each token was drawn from.
+    """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
+    hidden: torch.Tensor | None
 
 
 def token_logprobs(
@@ -29,30 +34,50 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    hidden: bool = False,
     max_tokens: int | None = None,
 ) -> LogProbs:
     """Tempered log-probs of every continuation token given all before it.
 
     temperature: logits are divided by it. entropy: also return that of each law, in nats.
+    hidden: also return the last hidden states.
     max_tokens: split into forwards of at most this many tokens, padding included (None: one).
     """
     parts = [
-        _forward(model, sequences[start:end], temperature, entropy)
-        for start, end in _chunks(sequences, max_tokens)
+        _forward(model, sequences[start:end], temperature, entropy, hidden)
+        for start, end in chunks(sequences, max_tokens)
     ]
-    entropies = [part.entropy for part in parts if part.entropy is not None]
     return LogProbs(
-        torch.cat([part.logprobs for part in parts]), torch.cat(entropies) if entropy else None
+        torch.cat([part.logprobs for part in parts]),
+        torch.cat([p.entropy for p in parts if p.entropy is not None]) if entropy else None,
+        torch.cat([p.hidden for p in parts if p.hidden is not None]) if hidden else None,
     )
 
 
-def _forward(
-    model: PreTrainedModel, sequences: Sequence[Pair], temperature: float, entropy: bool
-) -> LogProbs:
+def token_states(trunk: PreTrainedModel, sequences: Sequence[Pair]) -> torch.Tensor:
+    """Last hidden state of a model without head before each continuation token, `[T, H]`."""
+    tokens, wanted = _padded(sequences, trunk.device)
+    return trunk(input_ids=tokens, use_cache=False).last_hidden_state[wanted]
+
+
+def _padded(sequences: Sequence[Pair], device: torch.device) -> Padded:
+    """Rows of context and continuation; wanted is what comes before each continuation token."""
     rows = [[*context, *continuation] for context, continuation in sequences]
     starts = [len(context) - 1 for context, _ in sequences]
-    tokens, wanted = pad(rows, starts, [len(row) - 1 for row in rows], model.device)
-    logits_TV = model(input_ids=tokens, use_cache=False, logits_to_keep=wanted).logits
+    return pad(rows, starts, [len(row) - 1 for row in rows], device)
+
+
+def _forward(
+    model: PreTrainedModel,
+    sequences: Sequence[Pair],
+    temperature: float,
+    entropy: bool,
+    hidden: bool,
+) -> LogProbs:
+    tokens, wanted = _padded(sequences, model.device)
+    with hidden_states(model, hidden) as states:
+        logits_TV = model(input_ids=tokens, use_cache=False, logits_to_keep=wanted).logits
+    states_TH = states[0] if hidden else None
     with torch.autocast(model.device.type, enabled=False):
         logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
         logits_TV = logits_TV / temperature
@@ -60,12 +85,12 @@ def _forward(
         norm_T = logits_TV.logsumexp(-1)
         logprobs_T = logits_TV.gather(-1, targets_T[:, None]).squeeze(-1) - norm_T
         if not entropy:
-            return LogProbs(logprobs_T, None)
+            return LogProbs(logprobs_T, None, states_TH)
         probs_TV = (logits_TV - norm_T[:, None]).exp()
-        return LogProbs(logprobs_T, norm_T - (probs_TV * logits_TV).sum(-1))
+        return LogProbs(logprobs_T, norm_T - (probs_TV * logits_TV).sum(-1), states_TH)
 
 
-def _chunks(sequences: Sequence[Pair], max_tokens: int | None) -> list[tuple[int, int]]:
+def chunks(sequences: Sequence[Pair], max_tokens: int | None) -> list[tuple[int, int]]:
     """Bounds of consecutive runs whose padded size stays within `max_tokens`."""
     bounds, start, lengths = [], 0, []
     for index, (context, continuation) in enumerate(sequences):

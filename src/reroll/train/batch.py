@@ -1,7 +1,7 @@
-"""Groups to minibatches (one optimizer step each) to microbatches (one forward each).
+"""Credited groups to minibatches (one optimizer step each) to microbatches (one forward each).
 
 Groups stay whole throughout. Token-aligned streams are packed rollout after rollout; rows are
-padded only inside `model/`. `T` packed completion tokens.
+padded only inside `model/`. `T` packed completion tokens, `R` rollouts.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,42 @@ from itertools import pairwise
 import torch
 
 from reroll.model.ragged import padded_size
-from reroll.types import Group, Rollout
+from reroll.train.credit import Credit
 
 
 @dataclass(slots=True)
 class Microbatch:
-    """What one forward trains on; all tensors packed `[T]`."""
+    """What one forward trains on; all tensors packed `[T]` but `weights`."""
 
     pairs: list[tuple[tuple[int, ...], list[int]]]
     """(prompt, completion) token ids of each rollout"""
     lengths: list[int]
     """completion tokens of each rollout"""
-    advantages: torch.Tensor
-    logprobs: torch.Tensor
-    """as sampled: old log-probs"""
-    versions: torch.Tensor
-    """policy version that drew each token, -1 for prefix tokens"""
+    weights: torch.Tensor
+    """`[R]` of the rollouts"""
     mask: torch.Tensor
     """1.0 where the policy gradient applies"""
+    lags: torch.Tensor
+    """optimizer steps between the draw of each token and the batch's first step"""
+    logprobs: torch.Tensor
+    """as sampled, untruncated: old log-probs"""
+    behaviour: torch.Tensor
+    """as sampled, under the law actually drawn from"""
+    advantages: torch.Tensor
+    reference: torch.Tensor | None
+    proximal: torch.Tensor | None
+    values: torch.Tensor | None
+    returns: torch.Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Microbatch":
+        """The same on a device, with float streams in `dtype`."""
+        moved = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+            moved[name] = value
+        return Microbatch(**moved)
 
 
 @dataclass(slots=True)
@@ -36,20 +54,18 @@ class Minibatch:
     """What one optimizer step averages over."""
 
     microbatches: list[Microbatch]
-    tokens: int
-    """trained tokens of all its graded rollouts, also of groups left out for want of signal"""
-    rollouts: int
+    tokens: float
+    """trained tokens of all its graded rollouts, also of groups left out for want of signal, each
+    weighted as its rollout"""
+    rollouts: float
+    """sum of the weights of the same rollouts"""
     groups: int
     live_groups: int
     """groups with a non-zero advantage"""
 
 
-Credited = tuple[Group, list[float]]
-"""a group with the advantage of each of its rollouts"""
-
-
 def minibatches(
-    credited: Sequence[Credited], count: int, microbatch_tokens: int, skip_dead: bool
+    groups: Sequence[list[Credit]], count: int, microbatch_tokens: int, skip_dead: bool
 ) -> list[Minibatch]:
     """Cut a batch into `count` minibatches of whole groups, as even as can be, in order.
 
@@ -57,46 +73,54 @@ def minibatches(
     count in the averages, so the gradient is the same as if they had been run. (A minibatch of
     nothing but such groups takes no optimizer step at all.)
     """
-    bounds = [round(i * len(credited) / count) for i in range(count + 1)]
-    parts = [credited[a:b] for a, b in pairwise(bounds)]
+    bounds = [round(i * len(groups) / count) for i in range(count + 1)]
+    parts = [groups[a:b] for a, b in pairwise(bounds)]
     return [_minibatch(part, microbatch_tokens, skip_dead) for part in parts if part]
 
 
-def _minibatch(part: Sequence[Credited], microbatch_tokens: int, skip_dead: bool) -> Minibatch:
-    graded = [r for group, _ in part for r in group.rollouts if r.reward is not None]
-    live = [c for c in part if any(c[1])]
+def _minibatch(part: Sequence[list[Credit]], microbatch_tokens: int, skip_dead: bool) -> Minibatch:
+    live = [group for group in part if any(one.advantages.any() for one in group)]
     packs, pack, lengths = [], [], []
-    for group, advantages in live if skip_dead else part:
-        rows = [
-            (rollout, advantage)
-            for rollout, advantage in zip(group.rollouts, advantages, strict=True)
-            if rollout.reward is not None and rollout.completion.token_ids
-        ]
-        sizes = [len(r.prompt.token_ids) + len(r.completion.token_ids) for r, _ in rows]
+    for group in live if skip_dead else part:
+        sizes = [len(c.rollout.prompt.token_ids) + len(c.mask) for c in group]
         if pack and padded_size(lengths + sizes) > microbatch_tokens:
             packs.append(pack)
             pack, lengths = [], []
-        pack, lengths = pack + rows, lengths + sizes
+        pack, lengths = pack + group, lengths + sizes
     if pack:
         packs.append(pack)
+    every = [one for group in part for one in group]
     return Minibatch(
-        [_pack(rows) for rows in packs],
-        tokens=sum(sum(r.completion.loss_mask) for r in graded),
-        rollouts=len(graded),
+        [_pack(credits) for credits in packs],
+        tokens=sum(one.rollout.weight * sum(one.mask) for one in every),
+        rollouts=sum(one.rollout.weight for one in every),
         groups=len(part),
         live_groups=len(live),
     )
 
 
-def _pack(rows: Sequence[tuple[Rollout, float]]) -> Microbatch:
-    completions = [rollout.completion for rollout, _ in rows]
-    lengths = [len(c.token_ids) for c in completions]
-    advantages = torch.tensor([advantage for _, advantage in rows])
+def _pack(credits: Sequence[Credit]) -> Microbatch:
+    rollouts = [one.rollout for one in credits]
+    completions = [rollout.completion for rollout in rollouts]
+
+    def floats(streams: Sequence[Sequence[float]]) -> torch.Tensor:
+        return torch.tensor([x for stream in streams for x in stream], dtype=torch.float64)
+
+    def joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        there = [part for part in parts if part is not None]
+        return torch.cat(there) if there else None
+
     return Microbatch(
-        pairs=[(rollout.prompt.token_ids, rollout.completion.token_ids) for rollout, _ in rows],
-        lengths=lengths,
-        advantages=advantages.repeat_interleave(torch.tensor(lengths)),
-        logprobs=torch.tensor([x for c in completions for x in c.logprobs]),
-        versions=torch.tensor([x for c in completions for x in c.versions]),
-        mask=torch.tensor([float(x) for c in completions for x in c.loss_mask]),
+        pairs=[(r.prompt.token_ids, r.completion.token_ids) for r in rollouts],
+        lengths=[len(one.mask) for one in credits],
+        weights=floats([[rollout.weight for rollout in rollouts]]),
+        mask=floats([one.mask for one in credits]),
+        lags=torch.tensor([lag for one in credits for lag in one.lags]),
+        logprobs=floats([c.logprobs for c in completions]),
+        behaviour=floats([c.behaviour_logprobs for c in completions]),
+        advantages=torch.cat([one.advantages for one in credits]),
+        reference=joined([one.reference for one in credits]),
+        proximal=joined([one.proximal for one in credits]),
+        values=joined([one.values for one in credits]),
+        returns=joined([one.returns for one in credits]),
     )

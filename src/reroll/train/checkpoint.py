@@ -4,7 +4,9 @@ Written under a temporary name, flushed to disk and renamed, so a checkpoint eit
 not there. Only safetensors and JSON: nothing is unpickled.
 
     model.safetensors, config.json, tokenizer files   load it with `from_pretrained`
+    adapter_model.safetensors, adapter_config.json    in their place where LoRA is trained
     optimizer.safetensors                             AdamW moments by parameter name
+    critic_weights, critic_moments .safetensors       PPO's critic and its optimizer
     state.json                                        step, version, held-out reward, ...
 """
 
@@ -15,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +53,9 @@ def save(
         trainer.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         inner = trainer.state()
-        moments = {name: value.contiguous() for name, value in inner.pop("moments").items()}
-        save_file(moments, temporary / "optimizer.safetensors")
+        _save_tensors(inner.pop("moments"), temporary / "optimizer.safetensors")
+        for name, tensors in inner.pop("critic").items():
+            _save_tensors(tensors, temporary / f"critic_{name}.safetensors")
         text = json.dumps(state | {"step": step, "trainer": inner}, indent=1)
         (temporary / "state.json").write_text(text + "\n")
         for path in temporary.rglob("*"):
@@ -80,12 +84,17 @@ def save(
 def load(path: Path, trainer: Trainer) -> dict[str, Any]:
     """Put the optimizer of a checkpoint into `trainer`; returns the state written with it.
 
-    The weights are read by `model.load.load_model(config, path)`, before the trainer is made.
+    The policy's weights are read by `setup.load_policy`, before the trainer is made.
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        moments = load_file(path / "optimizer.safetensors")
-        trainer.load_state(state["trainer"] | {"moments": moments})
+        inner = state["trainer"] | {"moments": load_file(path / "optimizer.safetensors")}
+        if trainer.critic is not None:
+            inner["critic"] = {
+                name: load_file(path / f"critic_{name}.safetensors")
+                for name in ("weights", "moments")
+            }
+        trainer.load_state(inner)
     except (
         Exception
     ) as error:  # truncated or foreign files fail in many ways, all the user's to see
@@ -110,6 +119,10 @@ def prune(folder: Path, keep_last: int, keep_best: int) -> list[int]:
     for step in gone:
         shutil.rmtree(found[step])
     return gone
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
 
 
 def _flush(path: Path) -> None:

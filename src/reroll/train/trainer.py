@@ -1,26 +1,36 @@
-"""Trainer: groups with advantages in, optimizer steps done on the very module that the engine uses.
+"""Trainer: graded groups in, optimizer steps done on the very module that the engine uses.
 
-Old log-probs are those of sampling. Tokens drawn by the current version, before the batch's first
-optimizer step, take old = now (detached): the ratio is exactly 1, and float noise between
-differently shaped forwards cannot leak into learning.
+`credit` turns rewards into credit per token, scoring the batch with reference, critic and policy
+where the algorithm asks for it; `step` takes the optimizer steps. Old log-probs are those of
+sampling. Tokens drawn by the current version, before the batch's first optimizer step, take old =
+now (detached): the ratio is exactly 1, and float noise between differently shaped forwards cannot
+leak into learning.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from reroll.algo.loss import clipped_surrogate, kl_k3, token_weights
-from reroll.config import AlgoSection, TrainSection
+from reroll.config import AlgoSection, CorrectSection, TrainSection
 from reroll.model.load import switch_off_dropout
-from reroll.model.logprobs import LogProbs, token_logprobs
-from reroll.train.batch import Credited, Microbatch, Minibatch, minibatches
+from reroll.model.logprobs import LogProbs, Pair, chunks, token_logprobs
+from reroll.model.lora import adapters_off
+from reroll.train.batch import Microbatch, Minibatch, minibatches
+from reroll.train.credit import PREFIX, Credit, Scores, credit, graded
+from reroll.train.critic import Critic
+from reroll.train.metrics import Sums
+from reroll.train.moments import load_moments, moments
+from reroll.train.policy import PolicyLoss
+from reroll.types import Group
 
 MAX_SKIPPED = 3
 """optimizer steps skipped in a row, for a loss or gradient that is not finite, that stop the run"""
+Work = tuple[int, list[int]]
+"""(forwards that it costs as much as, prompt + completion length of each sequence)"""
 
 
 class Diverged(RuntimeError):
@@ -28,9 +38,10 @@ class Diverged(RuntimeError):
 
 
 class Trainer:
-    """Owns the optimizer and the policy version; shares the module with the engine.
+    """Owns the optimizers and the policy version; shares the module with the engine.
 
-    reference: frozen initial policy for the KL term, or None. temperature: that of sampling.
+    temperature, max_tokens: those of sampling. reference: the KL's anchor, or None; a model with
+    adapters is its own reference, with the adapters off. critic: for advantage = "gae".
     """
 
     def __init__(
@@ -40,22 +51,38 @@ class Trainer:
         train: TrainSection,
         *,
         temperature: float,
+        max_tokens: int,
+        correct: CorrectSection | None = None,
         autocast: torch.dtype | None = None,
         reference: PreTrainedModel | None = None,
+        critic: Critic | None = None,
     ) -> None:
-        self.model, self.reference = model, reference
-        self.algo, self.train, self.temperature = algo, train, temperature
-        self.autocast = autocast
+        assert (critic is not None) == (algo.advantage == "gae")
+        assert (reference is not None) == (algo.kl_coef > 0)
+        self.model, self.reference, self.critic = model, reference, critic
+        self.algo, self.train, self.correct = algo, train, correct or CorrectSection()
+        self.temperature, self.max_tokens, self.autocast = temperature, max_tokens, autocast
+        self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
+        self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+        """dtype of losses, as `token_logprobs` returns"""
         self.version = 0
         """optimizer steps tried, skipped ones included"""
+        self.batches = 0
+        """calls of `step`"""
+        self.critic_steps = 0
+        """optimizer steps of the critic tried"""
         self.skipped_in_a_row = 0
+        self.work: list[Work] = []
+        """forwards of scoring and training that `take_work` has not handed out yet"""
         switch_off_dropout(model)
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        frozen = len(self.parameters) < len(list(model.parameters()))
+        self.passes = (2 if frozen else 3) + train.gradient_checkpointing
+        """forwards that training on a token costs as much as; frozen weights need no gradient"""
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            self.parameters.values(),
             lr=train.learning_rate,
             betas=(train.beta1, train.beta2),
             weight_decay=train.weight_decay,
@@ -63,92 +90,167 @@ class Trainer:
 
     def learning_rate(self, version: int) -> float:
         """Rate of optimizer step `version` (from 0): warm-up, then decay towards 0 at the end."""
-        train = self.train
-        warm = min(1.0, (version + 1) / train.warmup) if train.warmup else 1.0
-        total = train.steps * train.minibatches
-        done = min(1.0, max(0, version - train.warmup) / max(1, total - train.warmup))
-        left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-        return train.learning_rate * warm * left[train.decay]
+        waits = self.critic.config.warmup if self.critic is not None else 0
+        batches = self.train.steps - waits
+        return self.train.learning_rate * schedule(self.train, version, batches)
 
-    def step(self, credited: Sequence[Credited]) -> tuple[dict[str, float], list[int]]:
-        """One optimizer step for each minibatch.
-
-        Returns the batch's metrics and the lengths (prompt + completion) of what was forwarded.
-        Raises Diverged after `MAX_SKIPPED` steps in a row with a non-finite loss or gradient.
-        """
-        skip_dead = self.algo.kl_coef == 0 and self.algo.entropy_coef == 0
-        parts = minibatches(
-            credited, self.train.minibatches, self.train.microbatch_tokens, skip_dead
+    def credit(self, groups: Sequence[Group]) -> tuple[list[list[Credit]], dict[str, float]]:
+        """Credit of every graded rollout, and metrics. See `train/credit.py`."""
+        return credit(
+            groups,
+            self.algo,
+            self.correct,
+            max_tokens=self.max_tokens,
+            version=self.version,
+            scores=self._scores(groups),
         )
+
+    @torch.no_grad()
+    def _scores(self, groups: Sequence[Group]) -> Scores:
+        """What the formulas need of the models about this batch, before it changes them."""
+        rollouts = graded(groups)
+        pairs = [(r.prompt.token_ids, r.completion.token_ids) for r in rollouts]
+        fresh = {self.version, PREFIX}
+        stale = any(not fresh.issuperset(r.completion.versions) for r in rollouts)
+        # with one optimizer step a batch the proximal policy is that of its own forward
+        several = self.train.epochs * self.train.minibatches > 1
+        proximal = self.correct.mode == "decoupled" and several and stale
+        bounds = chunks(pairs, self.train.microbatch_tokens) if pairs else []
+        parts = [self._score(pairs[start:end], proximal) for start, end in bounds]
+        streams = [[x for x in stream if x is not None] for stream in zip(*parts, strict=True)]
+        return Scores(*(torch.cat(stream) if stream else None for stream in streams))
+
+    def _score(self, pairs: Sequence[Pair], proximal: bool) -> Scores:
+        """The same of the rollouts of one forward."""
+        critic, shared = self.critic, self.critic is not None and self.critic.trunk is None
+        reference_T = proximal_T = values_T = None
+        if self.reference is not None:
+            own = self.reference is self.model
+            with adapters_off(self.model) if own else nullcontext():
+                reference_T = self._logprobs(self.reference, pairs).logprobs
+            self._book(1, pairs)
+        if proximal or shared:
+            now = self._logprobs(self.model, pairs, hidden=shared)
+            proximal_T = now.logprobs if proximal else None
+            values_T = critic.values(pairs, now.hidden) if critic is not None and shared else None
+            self._book(1, pairs)
+        if critic is not None and not shared:
+            with self._cast():
+                values_T = critic.values(pairs)
+            self._book(1, pairs)
+        return Scores(reference_T, proximal_T, values_T)
+
+    def step(self, groups: Sequence[list[Credit]]) -> dict[str, float]:
+        """One optimizer step for each minibatch of each epoch; returns the batch's metrics.
+
+        Every epoch takes the same minibatches in the same order. Raises Diverged after
+        `MAX_SKIPPED` steps in a row with a non-finite loss or gradient.
+        """
+        algo = self.algo
+        kl_in_loss = algo.kl_coef > 0 and algo.kl_in == "loss"
+        skip_dead = not (kl_in_loss or algo.entropy_coef > 0 or self.critic)
+        parts = minibatches(groups, self.train.minibatches, self.train.microbatch_tokens, skip_dead)
+        parts *= self.train.epochs
         sums = Sums()
         fresh_from = self.version
         with self._training():
             for part in parts:
-                self._optimizer_step(part, fresh_from, sums)
-        metrics = sums.metrics(parts) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
-        return metrics, [len(a) + len(b) for p in parts for m in p.microbatches for a, b in m.pairs]
+                self._optimizer_step(part, self.version == fresh_from, sums)
+        self.batches += 1
+        return sums.metrics(parts) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
 
-    def _optimizer_step(self, part: Minibatch, fresh_from: int, sums: "Sums") -> None:
+    def _optimizer_step(self, part: Minibatch, first: bool, sums: Sums) -> None:
+        """first: the policy is still the one that the batch found."""
+        policy_waits = self.critic is not None and self.batches < self.critic.config.warmup
         self.optimizer.zero_grad(set_to_none=True)
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for microbatch in part.microbatches:
-            loss = self._loss(microbatch, part, self.version == fresh_from, sums)
-            loss.backward()
-            total += loss.item()
+            batch = microbatch.to(self.model.device, self.wide)
+            total += self._backward(batch, part, first, policy_waits, sums)
+        rate = self.learning_rate(self.version)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.version)
-        norm = 0.0
-        if part.microbatches:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.train.max_grad_norm).item()
+            group["lr"] = rate
+        norm = critic_norm = 0.0
+        if part.microbatches and not policy_waits:
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.parameters.values(), self.train.max_grad_norm
+            ).item()
+        if part.microbatches and self.critic is not None:
+            critic_norm = self.critic.clip_gradient()
+            sums.critic_norms.append(critic_norm)
         sums.steps.append((total, norm))
-        if math.isfinite(total) and math.isfinite(norm):
-            if part.microbatches:
-                self.optimizer.step()
-            self.skipped_in_a_row = 0
+        if not math.isfinite(total + norm + critic_norm):
+            self._skip(total, norm + critic_norm, sums)
         else:
-            sums.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= MAX_SKIPPED:
-                raise Diverged(
-                    f"loss or gradient was not finite {MAX_SKIPPED} optimizer steps in a row "
-                    f"(loss {total}, gradient norm {norm}); lower train.learning_rate, or check "
-                    "the model and its dtype"
-                )
-        self.version += 1
+            self.skipped_in_a_row = 0
+            if part.microbatches and not policy_waits:
+                self.optimizer.step()
+            if part.microbatches and self.critic is not None:
+                self.critic.step(schedule(self.train, self.critic_steps, self.train.steps))
+        self.version += not policy_waits
+        self.critic_steps += self.critic is not None
 
-    def _loss(self, batch: Microbatch, part: Minibatch, first: bool, sums: "Sums") -> torch.Tensor:
-        """The microbatch's share of the minibatch's loss, a scalar with gradient."""
-        algo, device = self.algo, self.model.device
-        now = self._logprobs(self.model, batch, entropy=algo.entropy_coef > 0)
-        logprobs_T, dtype = now.logprobs, now.logprobs.dtype
-        mask_T = batch.mask.to(device, dtype)
-        stored_T = batch.logprobs.to(device, dtype)
-        current_T = (batch.versions == self.version).to(device) & first
-        old_T = torch.where(current_T, logprobs_T.detach(), stored_T)
-        advantages_T = batch.advantages.to(device, dtype)
-        loss_T, binds_T = clipped_surrogate(
-            logprobs_T, old_T, advantages_T, algo.clip_low, algo.clip_high
+    def _skip(self, loss: float, norm: float, sums: Sums) -> None:
+        sums.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise Diverged(
+                f"loss or gradient was not finite {MAX_SKIPPED} optimizer steps in a row "
+                f"(loss {loss}, gradient norm {norm}); lower train.learning_rate, or check "
+                "the model and its dtype"
+            )
+
+    def _backward(
+        self, batch: Microbatch, part: Minibatch, first: bool, policy_waits: bool, sums: Sums
+    ) -> float:
+        """Forward and backward of policy and critic; returns the share of the policy's loss."""
+        critic, shared = self.critic, self.critic is not None and self.critic.trunk is None
+        if critic is not None and not shared:
+            with self._cast():
+                critic.loss(batch, part.tokens, sums).backward()
+            self._book(self.passes, batch.pairs)
+            if policy_waits:
+                return 0.0
+        now = self._logprobs(
+            self.model, batch.pairs, entropy=self.algo.entropy_coef > 0, hidden=shared
         )
-        weights_T = token_weights(batch.lengths, mask_T, algo.average, part.tokens, part.rollouts)
-        sums.add("clip_fraction", binds_T.to(dtype), mask_T)
-        sums.add("approx_kl", kl_k3(logprobs_T, old_T), mask_T)
-        if self.train.check_logprobs and first:
-            sums.difference(logprobs_T, stored_T, mask_T)
-        if self.reference is not None:
-            with torch.no_grad():
-                reference_T = self._logprobs(self.reference, batch, entropy=False).logprobs
-            kl_T = kl_k3(logprobs_T, reference_T)
-            sums.add("kl", kl_T, mask_T)
-            loss_T = loss_T + algo.kl_coef * kl_T
-        if now.entropy is not None:
-            sums.add("entropy_exact", now.entropy, mask_T)
-            loss_T = loss_T - algo.entropy_coef * now.entropy
-        return (loss_T * weights_T).sum()
+        self._book(1 if policy_waits else self.passes, batch.pairs)
+        loss = whole = self.policy_loss(now, batch, part, first, sums)
+        if critic is not None and shared:
+            assert now.hidden is not None
+            # the head learns from the whole value loss, the trunk from `coef` times it
+            fixed_TH = now.hidden.detach()
+            hidden_TH = fixed_TH + critic.config.coef * (now.hidden - fixed_TH)
+            value = critic.loss(batch, part.tokens, sums, fixed_TH if policy_waits else hidden_TH)
+            whole = value if policy_waits else loss + value
+        whole.backward()
+        return loss.item()
 
-    def _logprobs(self, model: PreTrainedModel, batch: Microbatch, entropy: bool) -> LogProbs:
-        device = self.model.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return token_logprobs(model, batch.pairs, temperature=self.temperature, entropy=entropy)
+    def _logprobs(
+        self,
+        model: PreTrainedModel,
+        pairs: Sequence[Pair],
+        entropy: bool = False,
+        hidden: bool = False,
+    ) -> LogProbs:
+        with self._cast():
+            return token_logprobs(
+                model, pairs, temperature=self.temperature, entropy=entropy, hidden=hidden
+            )
+
+    def _cast(self) -> torch.autocast:
+        enabled = self.autocast is not None
+        return torch.autocast(self.model.device.type, self.autocast, enabled=enabled)
+
+    def _book(self, passes: int, pairs: Sequence[Pair]) -> None:
+        self.work.append((passes, [len(a) + len(b) for a, b in pairs]))
+
+    def take_work(self) -> list[Work]:
+        """What has been run since the last call, for the ledger."""
+        work, self.work = self.work, []
+        return work
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -161,59 +263,30 @@ class Trainer:
             self.model.train(was_training)
 
     def state(self) -> dict[str, Any]:
-        """Optimizer moments by parameter name, and counters."""
-        moments = {}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                moments[f"{key}/{name}"] = value
+        """Optimizer moments by parameter name, counters, and the critic's state."""
         return {
-            "moments": moments,
+            "moments": moments(self.optimizer, self.parameters),
             "version": self.version,
+            "batches": self.batches,
+            "critic_steps": self.critic_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "critic": self.critic.state() if self.critic is not None else {},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self.version, self.skipped_in_a_row = state["version"], state["skipped_in_a_row"]
-        by_name = dict(zip(self.names, self.parameters, strict=True))
-        for key, value in state["moments"].items():
-            kind, _, name = key.partition("/")
-            parameter = by_name[name]
-            place = "cpu" if kind == "step" else parameter.device
-            self.optimizer.state[parameter][kind] = value.to(place)
+        self.version, self.batches = state["version"], state["batches"]
+        self.critic_steps = state["critic_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        load_moments(self.optimizer, self.parameters, state["moments"])
+        if self.critic is not None:
+            self.critic.load_state(state["critic"])
 
 
-class Sums:
-    """Token-weighted sums of a batch's metrics."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, tuple[float, float]] = {}
-        self.steps: list[tuple[float, float]] = []
-        self.skipped = 0
-        self.largest_difference = -1.0
-
-    def add(self, name: str, values_T: torch.Tensor, mask_T: torch.Tensor) -> None:
-        """Add the masked values of one microbatch."""
-        total, count = self.totals.get(name, (0.0, 0.0))
-        value = (values_T.detach() * mask_T).sum().item()
-        self.totals[name] = (total + value, count + mask_T.sum().item())
-
-    def difference(self, now_T: torch.Tensor, old_T: torch.Tensor, mask_T: torch.Tensor) -> None:
-        """Compare recomputed with sampling log-probs (`train.check_logprobs`)."""
-        gap_T = (now_T.detach() - old_T).abs() * mask_T
-        self.add("logprob_difference_mean", gap_T, mask_T)
-        self.largest_difference = max(self.largest_difference, gap_T.max().item())
-
-    def metrics(self, parts: Sequence[Minibatch]) -> dict[str, float]:
-        """Means over tokens, means over optimizer steps, counts."""
-        out = {name: total / max(count, 1.0) for name, (total, count) in self.totals.items()}
-        if self.largest_difference >= 0:
-            out["logprob_difference_max"] = self.largest_difference
-        groups = sum(part.groups for part in parts)
-        return out | {
-            "loss": sum(loss for loss, _ in self.steps) / max(len(self.steps), 1),
-            "grad_norm": sum(norm for _, norm in self.steps) / max(len(self.steps), 1),
-            "skipped_steps": float(self.skipped),
-            "live_groups": sum(part.live_groups for part in parts) / max(groups, 1),
-            "tokens_trained": float(sum(sum(m.lengths) for p in parts for m in p.microbatches)),
-        }
+def schedule(train: TrainSection, taken: int, batches: int) -> float:
+    """Share of the peak rate after `taken` optimizer steps of a run over that many batches."""
+    warm = min(1.0, (taken + 1) / train.warmup) if train.warmup else 1.0
+    total = batches * train.epochs * train.minibatches
+    done = min(1.0, max(0, taken - train.warmup) / max(1, total - train.warmup))
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return warm * left[train.decay]
