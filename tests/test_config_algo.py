@@ -274,6 +274,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         r"one ratio for a whole reply, and algo\.advantage = 'gae' differs from token to token; "
         "use 'token'",
     ),
+    "a reply's ratio under a discount": (
+        {"algo.ratio": "product", "algo.name": "reinforce_pp", "algo.gamma": 0.9},
+        r".*algo\.advantage = 'reinforce_pp' differs from token to token; use 'token'",
+    ),
     "a penalty for none": (
         {"rollout.penalty": 0.3, "rollout.truncated": "zero"},
         r"has no effect with rollout\.truncated = 'zero'; it needs 'penalty'",

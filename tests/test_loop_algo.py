@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import reroll.loop
 from reroll.cli import main
 from reroll.config import ALGORITHMS, GROUP_ADVANTAGES, load_config
+from reroll.errors import UserError
 from reroll.ledger import cost_model
 from reroll.loop import train
 from reroll.model.logprobs import token_logprobs
@@ -154,6 +155,44 @@ def test_groups_with_too_few_graded_are_counted(
     assert line["live_groups"] == sum(map(has_signal, collected)) / 8
 
 
+def test_under_dynamic_sampling_they_are_counted_over_all_that_started(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # which leaves them out of the batch; and failures are a share of the whole step, though the
+    # last draws of a refill may hold nothing but failures
+    every: list[Group] = []
+
+    def watched(*args: Any) -> tuple[Collected, list[Group]]:
+        found = refill(*args)
+        every.extend(found[0].groups)
+        return found
+
+    monkeypatch.setattr(reroll.loop, "refill", watched)
+    fussy = (
+        SHORT
+        | DAPO
+        | {
+            "task__graders": '[{name = "digits:fussy"}]',
+            "train__steps": 1,
+            "rollout__samples": 2,
+        }
+    )
+
+    def run(name: str, share: float) -> dict[str, Any]:
+        config = project.config(name, **fussy, grading__max_failures=share)
+        (line,) = lines_of(train(config).path)
+        return line
+
+    line = run("all", 1.0)
+    failed = [sum(r.reward is None for r in group.rollouts) for group in every]
+    count, rollouts = sum(failed), 2 * len(every)
+    assert 0 < line["small_groups"] == sum(n > 0 for n in failed) < len(every)
+    assert line["ungraded"] == count
+    assert run("enough", (count + 0.5) / rollouts)["ungraded"] == count
+    with pytest.raises(UserError, match=rf"{count} of {rollouts} rollouts came back ungraded"):
+        run("fewer", (count - 0.5) / rollouts)
+
+
 def test_epochs_and_minibatches(project: Project, whole: Wholes) -> None:
     changes = SHORT | {"train__minibatches": 3, "train__decay": "linear"}
     one, two = (lines_of(whole(**changes, train__epochs=n)) for n in (1, 2))
@@ -181,7 +220,7 @@ def test_dynamic_sampling_trains_on_groups_with_signal(
     visits: list[int] = []
     steps: list[tuple[list[Group], list[Group]]] = []
     credited: list[list[Group]] = []
-    collect, credit = reroll.loop.collect, Trainer.credit
+    collect, credit = reroll.loop.collect_all, Trainer.credit
 
     def watched_collect(*args: Any) -> Collected:
         prompts.extend(args[3])
@@ -197,7 +236,7 @@ def test_dynamic_sampling_trains_on_groups_with_signal(
         credited.append(list(groups))
         return credit(trainer, groups)
 
-    monkeypatch.setattr(reroll.loop, "collect", watched_collect)
+    monkeypatch.setattr(reroll.loop, "collect_all", watched_collect)
     monkeypatch.setattr(reroll.loop, "refill", watched_refill)
     monkeypatch.setattr(Trainer, "credit", watched_credit)
     # long enough for some to stop by themselves, so that groups differ in tokens
@@ -346,7 +385,7 @@ def test_what_the_kinds_of_runs_go_through(whole: Wholes) -> None:
     for kind in ("lora", "lora, ppo", "lora, bfloat16"):
         moved = {k: v for k, v in weights(runs[kind]).items() if k.startswith("adapter_model/")}
         assert moved and all(value.any() for value in moved.values())
-    assert {v.dtype for v in moved.values()} == {torch.bfloat16}
+    assert {v.dtype for v in moved.values()} == {torch.float32}  # of a bfloat16 policy
 
 
 def interrupt() -> None:

@@ -22,11 +22,12 @@ from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
 from reroll.order import stream
 from reroll.plot import plot_run
-from reroll.rollout.collect import Collected, CollectSpec, collect
+from reroll.rollout.collect import Collected, CollectSpec, check_failures, collect_all
 from reroll.rollout.refill import refill
 from reroll.rundir import RunDir
 from reroll.setup import Parts, prepare
 from reroll.train import checkpoint
+from reroll.train.credit import graded
 from reroll.train.trainer import Diverged
 from reroll.types import Finish, Group, Purpose
 
@@ -155,14 +156,17 @@ class _Run:
             prompts, visits, _ = stream(cursor, count, parts.task.train, config.run.seed)
             cursor += count
             progress = self.display.rollouts
-            return collect(
+            return collect_all(
                 parts.engine, parts.graders, parts.decode, prompts, visits, self.spec, progress
             )
 
         if config.algo.dynamic_sampling:
-            return *refill(draw, config.rollout.prompts, config.algo.generation_bound), cursor
-        collected = draw(config.rollout.prompts)
-        return collected, collected.groups, cursor
+            collected, groups = refill(draw, config.rollout.prompts, config.algo.generation_bound)
+        else:
+            collected = draw(config.rollout.prompts)
+            groups = collected.groups
+        check_failures(collected, config.grading.max_failures)
+        return collected, groups, cursor
 
     def _train(self, groups: list[Group]) -> dict[str, float]:
         parts, ledger, trainer = self.parts, self.ledger, self.parts.trainer
@@ -268,6 +272,7 @@ def refill_metrics(collected: Collected, groups: Sequence[Group]) -> dict[str, f
         "groups_started": float(len(collected.groups)),
         "groups_trained": float(len(groups)),
         "live_groups": len(groups) / len(collected.groups),
+        "small_groups": float(sum(len(graded([group])) < 2 for group in collected.groups)),
         "waste": 1 - sum(_lengths(groups)) / sum(_lengths(collected.groups)),
     }
 

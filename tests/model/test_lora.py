@@ -122,7 +122,9 @@ def test_fresh_adapters_change_no_bit(name: str, dtype: torch.dtype) -> None:
     assert type(model) is kind  # the engine knows the class, and not peft's wrapper
     assert set(names) < {n for n, _ in model.named_modules()}
     assert not model.training
-    assert {p.dtype for p in adapters(model).values()} == {dtype}
+    # bfloat16 adapters would not notice small optimizer steps
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert {p.dtype for p in adapters(model).values()} == {wide}
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def with_logprobs(group: Group, *logprobs: list[float]) -> Group:
 @pytest.mark.parametrize(
     "estimator, kl",
     [
-        # log-ratios to the reference: 0.5, 0 (and 7, not trained on) of the first rollout, 1
+        # log-ratios to the reference: 0.5, 0 (and 7, of a given token) of the first rollout, 1
         ("k1", [0.5, 1.0]),
         ("k2", [0.125, 0.5]),
         ("k3", [math.exp(-0.5) + 0.5 - 1, math.exp(-1) + 1 - 1]),
@@ -125,6 +125,7 @@ def with_logprobs(group: Group, *logprobs: list[float]) -> Group:
 def test_kl_in_the_reward_of_a_group_is_summed_over_each_rollout(estimator, kl):
     two = with_logprobs(made([1.0, 0.0], [3, 1]), [-1.0, -2.0, 0.0], [-0.5])
     two.rollouts[0].completion.loss_mask[2] = False
+    two.rollouts[0].completion.versions[2] = -1
     found, metrics = credited(
         [two],
         name="rloo",
@@ -337,14 +338,14 @@ def test_masking_stale_tokens(max_lag, mask, tokens):
     assert groups[0].rollouts[0].completion.loss_mask == [False, True, True, True, False, True]
 
 
-def test_masked_tokens_get_no_penalty_and_no_say():
+def test_masked_tokens_keep_their_penalty_and_have_no_say():
     one = with_logprobs(pair(3, 5)[0], [0.0, -1.0], [-1.0, -1.0])
     reference = scores(reference=[-50.0, -1.2, -1.4, -1.0])
     settings = dict(name="rloo", kl_coef=0.5, scores=reference)
     found, metrics = credited([one], CorrectSection(mode="mask", max_lag=0), **settings)
-    # KL 0.2 and 0.4 + 0
-    assert firsts(found) == pytest.approx([1 - 0.1 + 0.2, -1 + 0.1 - 0.2])
-    assert metrics["kl"] == pytest.approx(0.2)
+    # KL 50 + 0.2 and 0.4 + 0: what a reply earned does not depend on which tokens are trained on
+    assert firsts(found) == pytest.approx([1 - 25.1 + 0.2, -1 + 25.1 - 0.2])
+    assert metrics["kl"] == pytest.approx(50.6 / 4)
     found, _ = credited([one], name="reinforce_pp", scores=Scores())
     kept, _ = credited([one], CorrectSection(mode="mask", max_lag=0), name="reinforce_pp")
     # 1 of 4 tokens left out: mean 1/2 becomes 1/3

@@ -618,3 +618,33 @@ def test_frozen_parameters_stay_as_they_are():
     assert torch.equal(model.get_input_embeddings().weight, frozen)
     assert not any("wte" in name for name in trainer.state()["moments"])
     assert flat_gradient(model).norm() > 0
+
+
+@pytest.mark.parametrize("name", ["gspo", "rloo", "grpo"])
+def test_in_bfloat16_the_ratio_of_later_steps_is_not_rounding(name):
+    # stored log-probs are off as those of other forwards are; the policy does not move
+    model = tiny("llama", torch.float32)
+    groups = [group(row, [0.0, 1.0], [15, 9]) for row in range(3)]
+    store(model, groups, noise=0.05)
+    made = credit(groups)
+    settings = dict(algo=dict(name=name), minibatches=3, learning_rate=1e-30)
+    trainer = make_trainer(model, autocast=torch.bfloat16, **settings)
+    metrics = trainer.step(made)
+    assert metrics["clip_fraction"] == metrics["approx_kl"] == 0.0
+    passes = [count for count, _ in trainer.take_work()]
+    assert passes == [1, 1, 1, 3, 3, 3]
+    # one step a batch needs no such scoring; float32 takes the stored ones
+    trainer = make_trainer(model, autocast=torch.bfloat16, **settings | dict(minibatches=1))
+    trainer.step(made)
+    assert [count for count, _ in trainer.take_work()] == [3]
+    assert make_trainer(model, **settings).step(made)["approx_kl"] > 0
+
+
+def test_a_minibatch_without_signal_leaves_the_next_one_first():
+    model = tiny("llama")
+    dead, live = group(0, [1.0, 1.0], [5, 7]), group(1, [0.0, 1.0], [5, 7])
+    store(model, [dead, live], noise=0.6)
+    made = credit([dead, live])
+    trainer = make_trainer(model, minibatches=2)
+    metrics = trainer.step(made)
+    assert trainer.version == 2 and metrics["approx_kl"] == 0.0

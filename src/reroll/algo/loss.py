@@ -22,13 +22,18 @@ def clipped_surrogate(
     2503.14476, eq. 10. Returns (loss `[T]`, bool `[T]`).
     """
     assert log_ratio_T.shape == advantages_T.shape and log_ratio_T.ndim == 1
-    ratio_T = log_ratio_T.clamp(max=LARGEST_LOG_RATIO).exp()
+    ratio_T = bounded_ratio(log_ratio_T)
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     loss_T = -torch.min(ratio_T * advantages_T, clipped_T * advantages_T)
     binds_T = ((ratio_T < 1 - clip_low) & (advantages_T < 0)) | (
         (ratio_T > 1 + clip_high) & (advantages_T > 0)
     )
     return loss_T, binds_T
+
+
+def bounded_ratio(log_ratio_T: torch.Tensor) -> torch.Tensor:
+    """exp of a log-ratio, which is cut at `LARGEST_LOG_RATIO`. `[T]`."""
+    return log_ratio_T.clamp(max=LARGEST_LOG_RATIO).exp()
 
 
 def level_ratio(

@@ -190,7 +190,9 @@ class TrainSection(Section):
         default=1.0, gt=0, description="gradients are scaled down to this norm"
     )
     microbatch_tokens: int = Field(
-        default=16384, ge=1, description="tokens of one training forward, padding included"
+        default=16384,
+        ge=1,
+        description="tokens of one training forward, padding included; a group stays whole",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, more time"

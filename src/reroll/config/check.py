@@ -89,10 +89,13 @@ def _ratio(config: "Config") -> str | None:
     algo, mode = config.algo, config.correct.mode
     if algo.ratio == "token":
         return None
-    if algo.advantage == "gae":
+    kl_per_token = algo.kl_coef > 0 and algo.kl_in == "reward"
+    if algo.advantage == "gae" or (
+        algo.advantage == "reinforce_pp" and (algo.gamma < 1 or kl_per_token)
+    ):
         return (
-            f"algo.ratio = {algo.ratio!r}: one ratio for a whole reply, and algo.advantage = 'gae' "
-            "differs from token to token; use 'token'"
+            f"algo.ratio = {algo.ratio!r}: one ratio for a whole reply, and algo.advantage = "
+            f"{algo.advantage!r} differs from token to token; use 'token'"
         )
     if algo.average != "sequence":
         return (

@@ -116,6 +116,13 @@ def switch_off_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
+def widen(model: torch.nn.Module) -> None:
+    """Make trainable weights float32 at least: small optimizer steps vanish in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            parameter.data = parameter.data.float()
+
+
 def _explain(path: str, error: Exception) -> UserError:
     local = path == "demo" or Path(path).expanduser().exists()
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

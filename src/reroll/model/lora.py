@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reroll.config import LoraSection
 from reroll.errors import UserError
+from reroll.model.load import widen
 
 
 def add_lora(
@@ -23,8 +25,8 @@ def add_lora(
 ) -> None:
     """Freeze `model` and give it trainable adapters: fresh ones, or (folder) a checkpoint's.
 
-    Fresh adapters change nothing yet: their second factor is zero. Raises UserError where peft is
-    not installed or a target names no layer.
+    Fresh adapters change nothing yet: their second factor is zero. They are float32 at least.
+    Raises UserError where peft is not installed or a target names no layer.
     """
     try:
         from peft import LoraConfig
@@ -38,6 +40,7 @@ def add_lora(
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{folder}: its adapters cannot be loaded: {reason}") from None
+        _restore_wide(model, folder / "adapter_model.safetensors")
         return
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     for target in config.targets:
@@ -62,6 +65,17 @@ def add_lora(
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"lora.targets = {config.targets}: {reason}") from None
+    widen(model)
+
+
+def _restore_wide(model: PreTrainedModel, file: Path) -> None:
+    """Widen adapters that were loaded in the model's dtype; read them again without rounding."""
+    narrow = {n: p for n, p in model.named_parameters() if p.requires_grad and p.itemsize < 4}
+    widen(model)
+    saved = load_file(file) if narrow else {}
+    for name, parameter in narrow.items():
+        value = saved[f"base_model.model.{name.replace('.default.', '.')}"]
+        parameter.data.copy_(value.to(parameter.device))
 
 
 @contextmanager

@@ -68,6 +68,21 @@ def collect(
     decode: token ids to text, special tokens left out.
     Raises UserError when more than `spec.max_failures` of the rollouts come back ungraded.
     """
+    collected = collect_all(engine, graders, decode, prompts, visits, spec, progress)
+    check_failures(collected, spec.max_failures)
+    return collected
+
+
+def collect_all(
+    engine: Engine,
+    graders: GraderPool,
+    decode: Callable[[list[int]], str],
+    prompts: Sequence[Prompt],
+    visits: Sequence[int],
+    spec: CollectSpec,
+    progress: Progress | None = None,
+) -> Collected:
+    """`collect` without its check, for batches that are collected in several parts."""
     assert not graders.pending, "the graders still work for another collect"
     groups = [Group(prompt) for prompt in prompts]
     waiting: dict[int, Rollout] = {}
@@ -136,22 +151,27 @@ def settle(rollout: Rollout, spec: CollectSpec) -> None:
 
 
 def _finish(groups: list[Group], spec: CollectSpec) -> Collected:
-    """Settle every rollout, count what went wrong, stop if too much did."""
+    """Settle every rollout, count what went wrong."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     for rollout in rollouts:
         settle(rollout, spec)
     ungraded = [rollout for rollout in rollouts if rollout.reward is None]
-    allowed = math.floor(spec.max_failures * len(rollouts))
-    first = min(ungraded, key=lambda r: (r.prompt.row, r.sample)).failure if ungraded else ""
-    if len(ungraded) > allowed:
-        raise UserError(
-            f"grading.max_failures = {spec.max_failures}: {len(ungraded)} of {len(rollouts)} "
-            f"rollouts came back ungraded; the first failure was:\n{first.rstrip()}"
-        )
     return Collected(
         groups,
         ungraded=len(ungraded),
         truncated=sum(r.completion.finish is Finish.LENGTH for r in rollouts),
-        first_failure=first,
+        first_failure=(
+            min(ungraded, key=lambda r: (r.prompt.row, r.sample)).failure if ungraded else ""
+        ),
         seconds_grading=sum(r.seconds_grading for r in rollouts),
     )
+
+
+def check_failures(collected: Collected, max_failures: float) -> None:
+    """Raise UserError when more than that share of a batch's rollouts came back ungraded."""
+    count = sum(len(group.rollouts) for group in collected.groups)
+    if collected.ungraded > math.floor(max_failures * count):
+        raise UserError(
+            f"grading.max_failures = {max_failures}: {collected.ungraded} of {count} rollouts "
+            f"came back ungraded; the first failure was:\n{collected.first_failure.rstrip()}"
+        )

@@ -2,9 +2,9 @@
 
 A group whose rewards are all equal teaches nothing. Such groups are left out and new prompts are
 started in their place, as many as the share of live groups so far says are needed, until the batch
-holds the number wanted or the stated bound on generation is reached. A few groups more than wanted
-may come of it; they are kept, since they are paid for. How many prompts a step takes depends on
-rewards alone, so a resumed run takes the same.
+holds the number wanted or the stated bound on generation is reached. More groups than wanted may
+come of it; they are kept, since they are paid for. Rewards are those of the graders. How many
+prompts a step takes depends on rewards alone, so a resumed run takes the same.
 """
 
 import math

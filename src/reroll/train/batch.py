@@ -37,6 +37,8 @@ class Microbatch:
     proximal: torch.Tensor | None
     values: torch.Tensor | None
     returns: torch.Tensor | None
+    fresh: torch.Tensor | None = None
+    """log-probs before the batch's first optimizer step, where sampling's are too rough"""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Microbatch":
         """The same on a device, with float streams in `dtype`."""

@@ -128,7 +128,11 @@ def _penalty(
     credits: Sequence[Credit], algo: AlgoSection, scores: Scores
 ) -> tuple[torch.Tensor, float | None]:
     """What a KL in the reward takes off at each token `[T]`, and the mean KL."""
-    mask_T = _masks(credits)
+    # of all tokens drawn, trained on or not: a masked rollout's reward stays in the statistics
+    mask_T = torch.tensor(
+        [float(v != PREFIX) for one in credits for v in one.rollout.completion.versions],
+        dtype=torch.float64,
+    )
     if algo.kl_in != "reward" or scores.reference_T is None:
         return torch.zeros_like(mask_T), None
     logprobs_T = torch.tensor(

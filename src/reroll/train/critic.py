@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from reroll.algo.loss import value_loss
 from reroll.config import CriticSection, TrainSection
-from reroll.model.load import embeddings
+from reroll.model.load import embeddings, widen
 from reroll.model.logprobs import Pair, token_states
 from reroll.train.batch import Microbatch
 from reroll.train.metrics import Sums
@@ -32,6 +32,7 @@ class Critic(nn.Module):
         self.trunk: PreTrainedModel | None = None
         if config.trunk == "own":
             self.trunk = trunk = cast(PreTrainedModel, copy.deepcopy(model.base_model))
+            widen(trunk)
             if train.gradient_checkpointing:
                 trunk.gradient_checkpointing_enable({"use_reentrant": False})
                 trunk.train()

@@ -10,6 +10,8 @@ import torch
 from reroll.algo.correct import Anchor, decoupled, truncated, uncorrected
 from reroll.algo.loss import (
     KL_ESTIMATORS,
+    LARGEST_LOG_RATIO,
+    bounded_ratio,
     clipped_surrogate,
     kl_k3,
     level_ratio,
@@ -40,8 +42,12 @@ class PolicyLoss:
         """
         algo, mask_T, logprobs_T = self.algo, batch.mask, now.logprobs
         fresh_T = (batch.lags == 0) & first
-        old_T = torch.where(fresh_T, logprobs_T.detach(), batch.logprobs)
-        behaviour_T = torch.where(fresh_T, logprobs_T.detach(), batch.behaviour)
+        stored_T, drawn_T = batch.logprobs, batch.behaviour
+        if batch.fresh is not None:
+            stored_T = torch.where(batch.lags == 0, batch.fresh, stored_T)
+            drawn_T = torch.where(batch.lags == 0, batch.fresh, drawn_T)
+        old_T = torch.where(fresh_T, logprobs_T.detach(), stored_T)
+        behaviour_T = torch.where(fresh_T, logprobs_T.detach(), drawn_T)
         anchor = self._anchor(logprobs_T.detach(), old_T, behaviour_T, batch, first)
         log_ratio_T = level_ratio(logprobs_T - anchor.old_T, mask_T, batch.lengths, algo.ratio)
         loss_T, binds_T = clipped_surrogate(
@@ -49,14 +55,16 @@ class PolicyLoss:
         )
         loss_T = loss_T * anchor.weights_T
         sums.add("clip_fraction", binds_T.to(mask_T.dtype), mask_T)
-        sums.add("approx_kl", kl_k3(logprobs_T, old_T), mask_T)
+        # KL(old, now), since the tokens are the old policy's
+        bounded_T = old_T + (logprobs_T - old_T).clamp(max=LARGEST_LOG_RATIO)
+        sums.add("approx_kl", kl_k3(old_T, bounded_T), mask_T)
         sums.lags(batch.lags, mask_T, logprobs_T - behaviour_T, binds_T)
         if self.check_logprobs and first:
-            sums.difference(logprobs_T, batch.logprobs, mask_T)
+            sums.difference(logprobs_T, batch.logprobs, mask_T * (batch.lags == 0))
         if batch.reference is not None and algo.kl_in == "loss":
             kl_T = KL_ESTIMATORS[algo.kl_estimator](logprobs_T, batch.reference)
             sums.add("kl", kl_T, mask_T)
-            ratio_T = (logprobs_T - old_T).exp() if algo.kl_unbiased else 1.0
+            ratio_T = bounded_ratio(logprobs_T - old_T) if algo.kl_unbiased else 1.0
             loss_T = loss_T + algo.kl_coef * ratio_T * kl_T
         if now.entropy is not None:
             sums.add("entropy_exact", now.entropy, mask_T)

@@ -25,6 +25,7 @@ from reroll.train.critic import Critic
 from reroll.train.metrics import Sums
 from reroll.train.moments import load_moments, moments
 from reroll.train.policy import PolicyLoss
+from reroll.train.schedule import schedule
 from reroll.types import Group
 
 MAX_SKIPPED = 3
@@ -65,6 +66,8 @@ class Trainer:
         self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         """dtype of losses, as `token_logprobs` returns"""
+        self.rounds = autocast is not None or model.dtype not in (torch.float32, torch.float64)
+        """whether forwards of other shapes differ by more than GSPO's clip range of 3e-4"""
         self.version = 0
         """optimizer steps tried, skipped ones included"""
         self.batches = 0
@@ -91,8 +94,7 @@ class Trainer:
     def learning_rate(self, version: int) -> float:
         """Rate of optimizer step `version` (from 0): warm-up, then decay towards 0 at the end."""
         waits = self.critic.config.warmup if self.critic is not None else 0
-        batches = self.train.steps - waits
-        return self.train.learning_rate * schedule(self.train, version, batches)
+        return self.train.learning_rate * schedule(self.train, version, self.train.steps - waits)
 
     def credit(self, groups: Sequence[Group]) -> tuple[list[list[Credit]], dict[str, float]]:
         """Credit of every graded rollout, and metrics. See `train/credit.py`."""
@@ -150,17 +152,27 @@ class Trainer:
         kl_in_loss = algo.kl_coef > 0 and algo.kl_in == "loss"
         skip_dead = not (kl_in_loss or algo.entropy_coef > 0 or self.critic)
         parts = minibatches(groups, self.train.minibatches, self.train.microbatch_tokens, skip_dead)
-        parts *= self.train.epochs
-        sums = Sums()
-        fresh_from = self.version
+        sums, first = Sums(), True
         with self._training():
-            for part in parts:
-                self._optimizer_step(part, self.version == fresh_from, sums)
+            if len(parts) * self.train.epochs > 1 and self.rounds:
+                self._score_fresh(parts)
+            for part in parts * self.train.epochs:
+                stepped = self._optimizer_step(part, first, sums)
+                first = first and not stepped
         self.batches += 1
+        parts *= self.train.epochs
         return sums.metrics(parts) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
 
-    def _optimizer_step(self, part: Minibatch, first: bool, sums: Sums) -> None:
-        """first: the policy is still the one that the batch found."""
+    @torch.no_grad()
+    def _score_fresh(self, parts: Sequence[Minibatch]) -> None:
+        """Old log-probs of fresh tokens from forwards of the shapes that training will run."""
+        for part in parts:
+            for microbatch in part.microbatches:
+                microbatch.fresh = self._logprobs(self.model, microbatch.pairs).logprobs
+                self._book(1, microbatch.pairs)
+
+    def _optimizer_step(self, part: Minibatch, first: bool, sums: Sums) -> bool:
+        """Whether the policy was changed. first: it is still the one that the batch found."""
         policy_waits = self.critic is not None and self.batches < self.critic.config.warmup
         self.optimizer.zero_grad(set_to_none=True)
         if self.critic is not None:
@@ -181,16 +193,19 @@ class Trainer:
             critic_norm = self.critic.clip_gradient()
             sums.critic_norms.append(critic_norm)
         sums.steps.append((total, norm))
+        changed = False
         if not math.isfinite(total + norm + critic_norm):
             self._skip(total, norm + critic_norm, sums)
         else:
             self.skipped_in_a_row = 0
-            if part.microbatches and not policy_waits:
+            changed = bool(part.microbatches) and not policy_waits
+            if changed:
                 self.optimizer.step()
             if part.microbatches and self.critic is not None:
                 self.critic.step(schedule(self.train, self.critic_steps, self.train.steps))
         self.version += not policy_waits
         self.critic_steps += self.critic is not None
+        return changed
 
     def _skip(self, loss: float, norm: float, sums: Sums) -> None:
         sums.skipped += 1
@@ -209,7 +224,8 @@ class Trainer:
         critic, shared = self.critic, self.critic is not None and self.critic.trunk is None
         if critic is not None and not shared:
             with self._cast():
-                critic.loss(batch, part.tokens, sums).backward()
+                value = critic.loss(batch, part.tokens, sums)
+            value.backward()
             self._book(self.passes, batch.pairs)
             if policy_waits:
                 return 0.0
@@ -281,12 +297,3 @@ class Trainer:
         load_moments(self.optimizer, self.parameters, state["moments"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
-
-
-def schedule(train: TrainSection, taken: int, batches: int) -> float:
-    """Share of the peak rate after `taken` optimizer steps of a run over that many batches."""
-    warm = min(1.0, (taken + 1) / train.warmup) if train.warmup else 1.0
-    total = batches * train.epochs * train.minibatches
-    done = min(1.0, max(0, taken - train.warmup) / max(1, total - train.warmup))
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return warm * left[train.decay]
