@@ -84,7 +84,6 @@ def test_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.sampling.temperature, second.sampling.temperature) == (0.7, 0.0)
     assert (second.purpose, second.seed, second.samples) == (Purpose.EVAL, 5, 1)
     assert first.sampling.stop_ids == second.sampling.stop_ids == SAMPLING.stop_ids
-    assert first.max_failures == 1.0  # an ungraded rollout never stops an evaluation
     assert first.truncated == "keep"
     assert first.label != second.label
     assert "30" in first.label

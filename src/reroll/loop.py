@@ -22,7 +22,7 @@ from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
 from reroll.order import stream
 from reroll.plot import plot_run
-from reroll.rollout.collect import Collected, CollectSpec, check_failures, collect_all
+from reroll.rollout.collect import Collected, CollectSpec, check_failures, collect
 from reroll.rollout.refill import refill
 from reroll.rundir import RunDir
 from reroll.setup import Parts, prepare
@@ -79,7 +79,6 @@ class _Run:
             replace(parts.sampling, temperature=config.rollout.temperature),
             config.rollout.truncated,
             config.rollout.penalty,
-            config.grading.max_failures,
         )
 
     def go(self, start: int | None) -> None:
@@ -153,10 +152,10 @@ class _Run:
 
         def draw(count: int) -> Collected:
             nonlocal cursor
-            prompts, visits, _ = stream(cursor, count, parts.task.train, config.run.seed)
+            prompts, visits = stream(cursor, count, parts.task.train, config.run.seed)
             cursor += count
             progress = self.display.rollouts
-            return collect_all(
+            return collect(
                 parts.engine, parts.graders, parts.decode, prompts, visits, self.spec, progress
             )
 

@@ -9,8 +9,8 @@ from reroll.types import Prompt
 
 def stream(
     start: int, count: int, prompts: Sequence[Prompt], seed: int
-) -> tuple[list[Prompt], list[int], int]:
-    """(prompts, visits, epoch) of `count` places of the endless stream, from place `start`.
+) -> tuple[list[Prompt], list[int]]:
+    """(prompts, visits) of `count` places of the endless stream, from place `start`.
 
     Every prompt comes once an epoch, in an order drawn from (seed, epoch); `visit` is the epoch.
     A batch may span the end of one epoch and the beginning of the next.
@@ -23,4 +23,4 @@ def stream(
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(prompts))
         chosen.append(prompts[orders[epoch][place]])
         visits.append(epoch)
-    return chosen, visits, visits[0]
+    return chosen, visits

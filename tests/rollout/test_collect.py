@@ -7,7 +7,7 @@ import pytest
 from reroll.algo.noise import make_key
 from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
-from reroll.rollout.collect import Collected, CollectSpec, collect, settle
+from reroll.rollout.collect import Collected, CollectSpec, check_failures, collect, settle
 from reroll.types import Completion, Finish, Prompt, Purpose, Request, Rollout, Sampling
 from tests.rollout.stub import StubGraders, spell
 from tests.tiny import VOCABULARY, tiny
@@ -303,14 +303,12 @@ def test_ungraded_rollouts_are_counted_and_keep_their_reason(model: Any) -> None
 
 def test_too_many_ungraded_rollouts_stop_the_run(model: Any) -> None:
     engine = make(model)
-    failed = run(engine, graders=StubGraders(refuse_some)).ungraded
-    allowed = replace(SPEC, max_failures=failed / 24)
-    assert run(engine, spec=allowed, graders=StubGraders(refuse_some)).ungraded == failed
-    stopped = replace(SPEC, max_failures=(failed - 0.5) / 24)
+    collected = run(engine, graders=StubGraders(refuse_some))
+    failed = collected.ungraded
+    check_failures(collected, failed / 24)
     with pytest.raises(UserError) as raised:
-        run(engine, spec=stopped, graders=StubGraders(refuse_some))
+        check_failures(collected, (failed - 0.5) / 24)
     message = str(raised.value)
     assert f"{failed} of 24 rollouts came back ungraded; the first failure was:\n" in message
     assert "Traceback of" in message
-    strict = replace(SPEC, max_failures=0.0)
-    assert run(engine, spec=strict).ungraded == 0
+    check_failures(run(engine), 0.0)

@@ -73,8 +73,8 @@ def _kl(config: "Config") -> str | None:
         )
     if algo.kl_in == "loss" and algo.kl_estimator == "k1" and not algo.kl_unbiased:
         return (
-            f"{_first(algo, 'kl_estimator', 'kl_in')}: {_other(algo, 'kl_estimator', 'kl_in')}k1 "
-            "in the loss has an expected gradient of zero; set algo.kl_estimator to 'k2' or 'k3', "
+            f"{_at_odds(algo, 'kl_estimator', 'kl_in')}k1 in the loss has an expected gradient of "
+            "zero; set algo.kl_estimator to 'k2' or 'k3', "
             "algo.kl_unbiased = true, or algo.kl_in = 'reward'"
         )
     if algo.kl_unbiased and algo.kl_estimator == "k2":
@@ -99,7 +99,7 @@ def _ratio(config: "Config") -> str | None:
         )
     if algo.average != "sequence":
         return (
-            f"{_first(algo, 'average', 'ratio')}: {_other(algo, 'average', 'ratio')}with "
+            f"{_at_odds(algo, 'average', 'ratio')}with "
             f"algo.ratio = {algo.ratio!r} the loss is one number a rollout, which "
             f"{algo.average!r} would weight by length; set algo.average = 'sequence'"
         )
@@ -135,18 +135,15 @@ def _cap(config: "Config") -> str | None:
     return None
 
 
-def _first(algo: AlgoSection, key: str, other: str) -> str:
-    """Of two settings at odds the one to begin with: that which algo.name did not fill in."""
-    filled = getattr(algo, key) == ALGORITHMS[algo.name].get(key)
-    named = other if filled else key
-    return f"algo.{named} = {getattr(algo, named)!r}"
-
-
-def _other(algo: AlgoSection, key: str, other: str) -> str:
-    """Where the value of `key` comes from, if from algo.name."""
-    filled = getattr(algo, key) == ALGORITHMS[algo.name].get(key)
+def _at_odds(algo: AlgoSection, key: str, other: str) -> str:
+    """How to begin on two settings at odds: with `other` where algo.name filled in `key`."""
     value = getattr(algo, key)
-    return f"algo.name = {algo.name!r} sets algo.{key} = {value!r}; " if filled else ""
+    if value != ALGORITHMS[algo.name].get(key):
+        return f"algo.{key} = {value!r}: "
+    return (
+        f"algo.{other} = {getattr(algo, other)!r}: algo.name = {algo.name!r} sets "
+        f"algo.{key} = {value!r}; "
+    )
 
 
 _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (

@@ -35,8 +35,6 @@ class CollectSpec:
     truncated: str = "keep"
     """keep, mask, zero or penalty: what a completion cut by its limit earns (see `settle`)"""
     penalty: float = 0.0
-    max_failures: float = 1.0
-    """share of ungraded rollouts above which the collect stops the run"""
     label: str = ""
     """names the collect to the graders (recorded time-outs go by it); empty: the purpose"""
 
@@ -66,23 +64,8 @@ def collect(
 
     visits: how often each prompt had been started before, for this purpose; part of the key.
     decode: token ids to text, special tokens left out.
-    Raises UserError when more than `spec.max_failures` of the rollouts come back ungraded.
+    Ungraded rollouts are counted; `check_failures` says when there are too many.
     """
-    collected = collect_all(engine, graders, decode, prompts, visits, spec, progress)
-    check_failures(collected, spec.max_failures)
-    return collected
-
-
-def collect_all(
-    engine: Engine,
-    graders: GraderPool,
-    decode: Callable[[list[int]], str],
-    prompts: Sequence[Prompt],
-    visits: Sequence[int],
-    spec: CollectSpec,
-    progress: Progress | None = None,
-) -> Collected:
-    """`collect` without its check, for batches that are collected in several parts."""
     assert not graders.pending, "the graders still work for another collect"
     groups = [Group(prompt) for prompt in prompts]
     waiting: dict[int, Rollout] = {}

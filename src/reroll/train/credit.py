@@ -74,15 +74,16 @@ def credit(
     max_tokens: limit on new tokens, for the overlong punishment. version: of the policy now.
     Raises UserError for tokens of several versions in one rollout under a ratio of whole rollouts.
     """
-    rollouts = graded(groups)
-    credits = [_uncredited(rollout, correct, version) for rollout in rollouts]
+    grouped = [[_uncredited(r, correct, version) for r in graded([group])] for group in groups]
+    credits = [one for group in grouped for one in group]
+    rollouts = [one.rollout for one in credits]
     if algo.ratio != "token" and correct.mode != "decoupled":
         _refuse_mixed_versions(credits, algo)
     lengths = [len(c.mask) for c in credits]
     shaped = [r.reward + _overlong(r, algo, max_tokens) for r in rollouts]  # type: ignore[operator]
     penalty_T, kl = _penalty(credits, algo, scores)
     if credits:
-        _advantages(groups, credits, algo, shaped, penalty_T, scores)
+        _advantages(grouped, algo, shaped, penalty_T, scores)
     for name, stream_T in zip(("reference", "proximal", "values"), scores, strict=True):
         if stream_T is not None:
             for one, part in zip(credits, stream_T.double().cpu().split(lengths), strict=True):
@@ -91,8 +92,6 @@ def credit(
     if algo.overlong:
         given = [a - r.reward for a, r in zip(shaped, rollouts, strict=True)]  # type: ignore[operator]
         metrics["overlong"] = sum(given) / max(len(given), 1)
-    by_rollout = iter(credits)
-    grouped = [[next(by_rollout) for _ in graded([group])] for group in groups]
     if algo.advantage in GROUP_ADVANTAGES:
         metrics["small_groups"] = float(sum(len(group) < 2 for group in grouped))
     return grouped, metrics
@@ -144,26 +143,23 @@ def _penalty(
 
 
 def _advantages(
-    groups: Sequence[Group],
-    credits: Sequence[Credit],
+    grouped: Sequence[list[Credit]],
     algo: AlgoSection,
     shaped: Sequence[float],
     penalty_T: torch.Tensor,
     scores: Scores,
 ) -> None:
     """Fill in the advantages (and the critic's returns) of all rollouts."""
+    credits = [one for group in grouped for one in group]
     lengths = [len(one.mask) for one in credits]
     if algo.advantage in GROUP_ADVANTAGES:
-        totals = rollout_sums(penalty_T, lengths).tolist() if lengths else []
+        totals = rollout_sums(penalty_T, lengths).tolist()
         rewards = iter([reward - off for reward, off in zip(shaped, totals, strict=True)])
         rule = getattr(advantage, algo.advantage)
-        start = 0
-        for group in groups:
-            members = graded([group])
-            given = rule([next(rewards) for _ in members], [r.weight for r in members])
-            for one, value in zip(credits[start : start + len(members)], given, strict=True):
+        for group in grouped:
+            given = rule([next(rewards) for _ in group], [one.rollout.weight for one in group])
+            for one, value in zip(group, given, strict=True):
                 one.advantages.fill_(value)
-            start += len(members)
         return
     rewards_T = -penalty_T
     ends = torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from reroll.algo.loss import value_loss
+from reroll.algo.loss import token_weights, value_loss
 from reroll.config import CriticSection, TrainSection
 from reroll.model.load import embeddings, widen
 from reroll.model.logprobs import Pair, token_states
-from reroll.train.batch import Microbatch
+from reroll.train.batch import Microbatch, Minibatch
 from reroll.train.metrics import Sums
 from reroll.train.moments import load_moments, moments
 
@@ -61,19 +61,21 @@ class Critic(nn.Module):
             return self.head(hidden_TH.to(self.head.weight.dtype)).squeeze(-1)
 
     def loss(
-        self, batch: Microbatch, tokens: float, sums: Sums, hidden_TH: torch.Tensor | None = None
+        self, batch: Microbatch, part: Minibatch, sums: Sums, hidden_TH: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The microbatch's share of the minibatch's value loss, a scalar with gradient.
 
-        tokens: of the whole minibatch, over which the loss is a mean. sums: takes the metrics.
+        part: the minibatch, over whose trained tokens it is a mean. sums: takes the metrics.
         """
         assert batch.values is not None and batch.returns is not None
         values_T = self.values(batch.pairs, hidden_TH)
         loss_T, binds_T = value_loss(values_T, batch.values, batch.returns, self.config.clip)
-        sizes = torch.tensor(batch.lengths, device=batch.weights.device)
-        weights_T = batch.mask * batch.weights.repeat_interleave(sizes)
+        weights_T = token_weights(
+            batch.mask, batch.lengths, "token", tokens=part.tokens, rollouts=part.rollouts,
+            weights_R=batch.weights,
+        )  # fmt: skip
         sums.critic(values_T.detach(), batch.returns, binds_T, batch.mask)
-        return (loss_T * weights_T).sum() / max(tokens, 1e-9)
+        return (loss_T * weights_T).sum()
 
     def step(self, share: float) -> None:
         """One optimizer step at `share` of the peak learning rate."""

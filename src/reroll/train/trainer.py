@@ -224,7 +224,7 @@ class Trainer:
         critic, shared = self.critic, self.critic is not None and self.critic.trunk is None
         if critic is not None and not shared:
             with self._cast():
-                value = critic.loss(batch, part.tokens, sums)
+                value = critic.loss(batch, part, sums)
             value.backward()
             self._book(self.passes, batch.pairs)
             if policy_waits:
@@ -239,7 +239,7 @@ class Trainer:
             # the head learns from the whole value loss, the trunk from `coef` times it
             fixed_TH = now.hidden.detach()
             hidden_TH = fixed_TH + critic.config.coef * (now.hidden - fixed_TH)
-            value = critic.loss(batch, part.tokens, sums, fixed_TH if policy_waits else hidden_TH)
+            value = critic.loss(batch, part, sums, fixed_TH if policy_waits else hidden_TH)
             whole = value if policy_waits else loss + value
         whole.backward()
         return loss.item()
