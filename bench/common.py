@@ -18,8 +18,11 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """`--quick`: end within a minute on 2 cores; `--fresh`: forget saved parts of a full run."""
+def arguments(description: str, **others: str) -> argparse.Namespace:
+    """`--quick`: end within a minute on 2 cores; `--fresh`: forget saved parts of a full run.
+
+    others: further options that take a text, with their help.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--quick", action="store_true", help="shrunk, ends within a minute; prints every key"
@@ -27,6 +30,8 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument(
         "--fresh", action="store_true", help="measure everything again instead of resuming"
     )
+    for name, text in others.items():
+        parser.add_argument(f"--{name}", default="", help=text)
     return parser.parse_args()
 
 
@@ -62,6 +67,8 @@ class Parts:
             self.saved[key] = function()
             if not self.quick:
                 RESULTS.mkdir(exist_ok=True)
+                if self.path.exists():  # others may be measuring other parts
+                    self.saved = json.loads(self.path.read_text()) | self.saved
                 temporary = self.path.with_suffix(".tmp")
                 temporary.write_text(json.dumps(self.saved))
                 temporary.replace(self.path)

@@ -136,7 +136,7 @@ def test_a_real_engines_counters_add_up() -> None:
 def test_drafts_are_booked_as_verification() -> None:
     model = tiny("qwen3")
     engine = LocalEngine(model, slots=1, capacity=32)
-    request = Request(0, (1, 2, 3), 7, Sampling(max_tokens=5), draft=Draft((9, 9, 9, 9)))
+    request = Request(0, (1, 2, 3), 7, Sampling(max_tokens=5), drafts=(Draft((9, 9, 9, 9)),))
     engine.submit(request)
     while not engine.step():
         pass

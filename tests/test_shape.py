@@ -20,7 +20,7 @@ LAYERS = [
     {"engine"},
     {"rollout", "train"},
     {
-        "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate", "setup", "summary",
+        "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate", "setup", "summary",
         "loop", "cli", "__main__",
     },
 ]  # fmt: skip

@@ -12,24 +12,26 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from statistics import fmean
 from typing import Any
 
+from reroll.audit import Audit
 from reroll.config import Config, settings
 from reroll.evaluate import evaluate
+from reroll.figures import lengths, refill_metrics, rollout_metrics, samples, speculation_metrics
 from reroll.interrupt import Interrupts
 from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
 from reroll.order import stream
 from reroll.plot import plot_run
-from reroll.rollout.collect import Collected, CollectSpec, check_failures, collect
+from reroll.rollout.collect import NOTHING, Collected, CollectSpec, check_failures, collect
+from reroll.rollout.decisions import Decisions
 from reroll.rollout.refill import refill
+from reroll.rollout.reuse import Reuse
 from reroll.rundir import RunDir
-from reroll.setup import Parts, prepare
+from reroll.setup import Parts, open_reuse, prepare
 from reroll.train import checkpoint
-from reroll.train.credit import graded
 from reroll.train.trainer import Diverged
-from reroll.types import Finish, Group, Purpose
+from reroll.types import Group, Purpose
 
 LOGPROB_BOUNDS = {"float": 1e-3, "bfloat16": 0.05}
 """mean |sampling - recomputed log-prob| above which `train.check_logprobs` warns, in nats"""
@@ -43,12 +45,12 @@ def train(config: Config) -> RunDir:
     """
     run = RunDir(config.run.out)
     start = run.open(config)
-    with prepare(config, run, start) as parts:
+    with prepare(config, run, start) as parts, open_reuse(config, run, start) as reuse:
         run.claim(config)
         display = Display(config.log.display, config.train.steps, start or 0)
         trackers = open_trackers(config.log, run.path, dict(settings(config)))
         with display, Interrupts() as interrupts:
-            _Run(config, run, parts, display, trackers, interrupts).go(start)
+            _Run(config, run, parts, reuse, display, trackers, interrupts).go(start)
     return run
 
 
@@ -60,11 +62,14 @@ class _Run:
         config: Config,
         run: RunDir,
         parts: Parts,
+        reuse: Reuse | None,
         display: Display,
         trackers: Sequence[Tracker],
         interrupts: Interrupts,
     ) -> None:
         self.config, self.run, self.parts = config, run, parts
+        self.reuse = reuse
+        self.decisions = Decisions(reuse.start, reuse.known_grade) if reuse else NOTHING
         self.display, self.trackers, self.interrupts = display, trackers, interrupts
         self.ledger = Ledger()
         self.done = 0
@@ -80,6 +85,7 @@ class _Run:
             config.rollout.truncated,
             config.rollout.penalty,
         )
+        self.audit = Audit(config, run, self.spec, reuse) if reuse else None
 
     def go(self, start: int | None) -> None:
         """All steps that are left, with evaluations and checkpoints when they are due."""
@@ -119,6 +125,7 @@ class _Run:
             self.ledger = Ledger(**state["ledger"])
             self.held_out = state["held_out_reward"]
             self.cursor = state["cursor"]
+            self.parts.engine.load_state(state["engine"])
             self.display.say(f"going on from step {start} of {self.run.path}")
 
     def _step(self, step: int) -> None:
@@ -128,21 +135,26 @@ class _Run:
         started = time.perf_counter()
         collected, groups, cursor = self._collect()
         rollout_seconds = time.perf_counter() - started
+        metrics = rollout_metrics(collected)
+        if self.reuse is not None:
+            metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
+            metrics |= speculation_metrics(stats, parts.engine.stats())
+        if self.audit is not None and self.audit.due(step):
+            metrics |= self.audit.take(parts, groups, step)
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
-            trained = self._train(groups)
+            metrics |= self._train(groups, step, collected)
             ledger.add_engine(stats, parts.engine.stats(), parts.cost)
-            ledger.tokens["grade"] += sum(_lengths(collected.groups))
+            ledger.tokens["grade"] += sum(lengths(collected.groups))
             ledger.seconds["grade"] += collected.seconds_grading
-            spent = ledger.since(before).metrics()
-            metrics = rollout_metrics(collected) | trained | spent
+            metrics |= ledger.since(before).metrics()
             if self.config.algo.dynamic_sampling:
                 metrics |= refill_metrics(collected, groups)
             metrics["epoch"] = self.cursor // len(parts.task.train)
             metrics["version"] = parts.trainer.version
             metrics["seconds_rollout"] = rollout_seconds
-            metrics["tokens_per_second"] = sum(_lengths(collected.groups)) / rollout_seconds
+            metrics["tokens_per_second"] = sum(lengths(collected.groups)) / rollout_seconds
             self.run.log({"kind": "train", "step": step, **metrics})
-            self.run.sample(_samples(step, collected.groups, self.config.log.samples))
+            self.run.sample(samples(step, collected.groups, self.config.log.samples))
             self.done, self.cursor = step, cursor
         self._report(step, metrics, collected)
 
@@ -156,8 +168,9 @@ class _Run:
             cursor += count
             progress = self.display.rollouts
             return collect(
-                parts.engine, parts.graders, parts.decode, prompts, visits, self.spec, progress
-            )
+                parts.engine, parts.graders, parts.decode, prompts, visits, self.spec, progress,
+                self.decisions,
+            )  # fmt: skip
 
         if config.algo.dynamic_sampling:
             collected, groups = refill(draw, config.rollout.prompts, config.algo.generation_bound)
@@ -167,7 +180,8 @@ class _Run:
         check_failures(collected, config.grading.max_failures)
         return collected, groups, cursor
 
-    def _train(self, groups: list[Group]) -> dict[str, float]:
+    def _train(self, groups: list[Group], step: int, collected: Collected) -> dict[str, float]:
+        """Credit and optimizer steps; the store gets what was collected."""
         parts, ledger, trainer = self.parts, self.ledger, self.parts.trainer
         started = time.perf_counter()
         credited, scored = trainer.credit(groups)
@@ -176,6 +190,9 @@ class _Run:
         trained = trainer.step(credited)
         ledger.add_forwards("train", trainer.take_work(), time.perf_counter() - started, parts.cost)
         started = time.perf_counter()
+        if self.reuse is not None:
+            live = {id(c.rollout) for group in credited for c in group if c.advantages.any()}
+            self.reuse.remember(collected.groups, step, parts.engine.policy_version, live)
         parts.engine.load_weights(trainer.version)
         ledger.seconds["sync"] += time.perf_counter() - started
         return scored | trained
@@ -187,6 +204,8 @@ class _Run:
         if collected.ungraded:
             first = collected.first_failure.strip().splitlines()[-1]
             self.display.say(f"step {step}: {collected.ungraded} rollouts left ungraded ({first})")
+        if self.audit is not None and (warning := self.audit.warning(step)):
+            self.display.say(warning)
         if metrics["skipped_steps"]:
             self.display.say(f"step {step}: loss or gradient not finite, optimizer step skipped")
         if (short := self.config.rollout.prompts - metrics.get("groups_trained", math.inf)) > 0:
@@ -238,59 +257,11 @@ class _Run:
             "ledger": asdict(self.ledger),
             "held_out_reward": self.held_out,
             "cursor": self.cursor,
+            "engine": self.parts.engine.state(),
         }
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)
             checkpoint.prune(folder, keep.keep_last, keep.keep_best)
+            if self.reuse is not None:
+                self.reuse.store.evict()
         self.ledger.seconds["sync"] += time.perf_counter() - started
-
-
-def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Rewards, lengths and entropy of a batch; see docs/glossary.md for each name."""
-    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
-    graded = [r for r in rollouts if r.reward is not None]
-    lengths = _lengths(collected.groups)
-    metrics = {
-        "reward": fmean(r.reward for r in graded) if graded else 0.0,  # type: ignore[misc]
-        "length": fmean(lengths),
-        "length_max": float(max(lengths)),
-        "truncated": collected.truncated / len(rollouts),
-        "ungraded": float(collected.ungraded),
-        # mean surprise of sampled tokens: an unbiased estimate of the entropy per token
-        "entropy": -sum(sum(r.completion.logprobs) for r in rollouts) / max(1, sum(lengths)),
-        "stopped": fmean(r.completion.finish is Finish.STOP for r in rollouts),
-    }
-    for name in graded[0].rewards if graded else ():
-        metrics[f"reward_{name}"] = fmean(r.rewards[name] for r in graded)
-    return metrics
-
-
-def refill_metrics(collected: Collected, groups: Sequence[Group]) -> dict[str, float]:
-    """What dynamic sampling cost; see docs/glossary.md."""
-    return {
-        "groups_started": float(len(collected.groups)),
-        "groups_trained": float(len(groups)),
-        "live_groups": len(groups) / len(collected.groups),
-        "small_groups": float(sum(len(graded([group])) < 2 for group in collected.groups)),
-        "waste": 1 - sum(_lengths(groups)) / sum(_lengths(collected.groups)),
-    }
-
-
-def _lengths(groups: Sequence[Group]) -> list[int]:
-    return [len(r.completion.token_ids) for group in groups for r in group.rollouts]
-
-
-def _samples(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
-    """The first rollouts of the step's first groups, to read."""
-    return [
-        {
-            "step": step,
-            "row": group.prompt.row,
-            "prompt": group.prompt.text,
-            "completion": group.rollouts[0].text,
-            "answer": group.prompt.answer,
-            "reward": group.rollouts[0].reward,
-            "finish": group.rollouts[0].completion.finish,
-        }
-        for group in groups[:count]
-    ]

@@ -4,6 +4,8 @@ config.toml      the whole configuration, as run
 metrics.jsonl    one line a training step, one an evaluation
 samples.jsonl    a few rollouts of each step, to read
 timeouts.txt     graders that timed out, replayed on resume
+rollouts.sqlite  past rollouts, for drafts (with reuse.on)
+costs.json       what forwards cost here, measured at the first start (with reuse.on)
 checkpoints/     step-N: Hugging Face folders with what is needed to go on
 curves.png       reward, held-out reward, length and entropy over the steps
 """
@@ -18,9 +20,23 @@ from reroll.config import Config, differences, load_config, save_config
 from reroll.errors import UserError
 from reroll.train.checkpoint import checkpoints
 
-HARMLESS = ("run.out", "log.", "checkpoint.", "engine.cache_gb", "grading.workers")
+HARMLESS = (
+    "run.out",
+    "log.",
+    "checkpoint.",
+    "engine.cache_gb",
+    "grading.workers",
+    "store.memory_gb",
+)
 """settings that change neither tokens nor weights, so a run may be resumed with others"""
-UNCLAIMED = ("checkpoints", "timeouts.txt")
+UNCLAIMED = (
+    "checkpoints",
+    "timeouts.txt",
+    "costs.json",
+    "rollouts.sqlite",
+    "rollouts.sqlite-wal",
+    "rollouts.sqlite-shm",
+)
 """what a start that failed before its first rollout leaves behind"""
 
 
@@ -33,6 +49,8 @@ class RunDir:
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
         self.timeouts_path = self.path / "timeouts.txt"
+        self.store_path = self.path / "rollouts.sqlite"
+        self.costs_path = self.path / "costs.json"
         self.checkpoints = self.path / "checkpoints"
 
     def open(self, config: Config) -> int | None:

@@ -14,13 +14,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reroll.config import Config
-from reroll.engine.local import LocalEngine
-from reroll.engine.selfcheck import check_servable
+from reroll.engine.costs import load_costs
+from reroll.engine.local import LocalEngine, Speculation
+from reroll.engine.selfcheck import check_servable, takes_trees
 from reroll.errors import UserError
 from reroll.ledger import CostModel, cost_model
 from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
 from reroll.model.lora import add_lora
+from reroll.rollout.reuse import Reuse
+from reroll.rollout.store import Store
 from reroll.rundir import RunDir
+from reroll.tasks.grade import grader_digest, graders_of
 from reroll.tasks.load import Task, load_task
 from reroll.tasks.pool import GraderPool
 from reroll.train import checkpoint
@@ -69,7 +73,8 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     trainer = make_trainer(config, model, autocast)
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
-    notes = [
+    notes = [*_set_costs(config, engine, run)]
+    notes += [
         *task.notes,
         f"{len(task.train)} training and {len(task.held_out)} held-out problems",
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
@@ -93,6 +98,24 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         )
 
 
+@contextmanager
+def open_reuse(config: Config, run: RunDir, step: int | None) -> Iterator[Reuse | None]:
+    """The run's past rollouts as they were at checkpoint `step`; None with reuse off."""
+    if not config.reuse.on:
+        yield None
+        return
+    limits = config.store
+    with Store(
+        run.store_path,
+        max_gb=limits.max_gb,
+        keep_visits=limits.epochs,
+        memory_gb=limits.memory_gb,
+    ) as store:
+        store.cut_back(step or 0)
+        digest = grader_digest(graders_of(config.task), config.task)
+        yield Reuse(config.reuse, store, config.run.seed, digest)
+
+
 def make_engine(
     config: Config, model: PreTrainedModel, task: Task, autocast: torch.dtype | None
 ) -> LocalEngine:
@@ -106,6 +129,16 @@ def make_engine(
             f"tokens a sequence has {capacity}, but the model has {positions} positions; lower it "
             "or task.max_prompt_tokens"
         )
+    reuse, speculation = config.reuse, None
+    if reuse.on:
+        trees = takes_trees(model, autocast)
+        speculation = Speculation(
+            branching=trees,
+            window=reuse.window,
+            choose=reuse.prune and reuse.rule != "lenient",
+            redraft=reuse.redraft if trees else 1,
+            siblings=reuse.siblings,
+        )
     return LocalEngine(
         model,
         slots=config.engine.slots,
@@ -114,7 +147,41 @@ def make_engine(
         prefill_tokens=config.engine.prefill_tokens,
         prefill_rows=config.engine.prefill_rows,
         autocast=autocast,
+        speculation=speculation,
     )
+
+
+def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None) -> list[str]:
+    """Give the engine its table of costs, the run's or one measured now; lines for the user."""
+    if not config.reuse.on:
+        return []
+    costs = load_costs(run.costs_path) if run else None
+    if costs is None:
+        if config.reuse.verify == "bfloat16" and engine.runner.autocast is None:
+            engine.runner.verify = torch.bfloat16
+        costs = engine.measure()
+        if run:
+            costs.save(run.costs_path)
+    engine.costs, engine.runner.verify = costs, torch.bfloat16 if costs.rounded else None
+    slots = config.engine.slots
+    notes = [
+        f"reuse: a decoded token costs {costs.token(slots) / costs.prefill:.1f} verified ones at "
+        f"{slots} slots, {costs.token(1) / costs.prefill:.0f} at one"
+    ]
+    if config.reuse.verify == "bfloat16":
+        notes.append(
+            f"reuse: drafts verified in {'bfloat16' if costs.rounded else 'the same dtype'}"
+        )
+    if not engine.speculation.branching:
+        notes.append(
+            "reuse: this model takes no tree masks (self-check): one draft a sample, no re-drafting"
+        )
+    if config.train.steps * config.rollout.prompts <= config.task.train_size:
+        notes.append(
+            "reuse: no problem comes twice in train.steps x rollout.prompts, so that siblings are "
+            "the only drafts"
+        )
+    return notes
 
 
 def load_policy(config: Config, folder: Path | None = None) -> PreTrainedModel:

@@ -10,6 +10,7 @@ everything after the prompt: the prefix this run conditions on, then what the po
     -> Group(prompt, rollouts=[...])
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -65,12 +66,28 @@ class Sampling:
     """drawing one of these ends the completion, that token included"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Draft:
     """A past completion offered to the engine as a guess of what will be drawn."""
 
-    token_ids: tuple[int, ...]
-    """[D] guessed completion tokens after the prefix"""
+    token_ids: Sequence[int]
+    """`[D]` guessed completion tokens after the prefix"""
+    logprobs: Sequence[float] = ()
+    """`[D]` behaviour log-probs of whoever wrote them; needed under `Lenience` alone"""
+    versions: Sequence[int] = ()
+    """`[D]` policy versions that wrote them; needed under `Lenience` alone"""
+
+
+@dataclass(frozen=True, slots=True)
+class Lenience:
+    """Accept a draft by SPEC-RL's rule instead of the sampler's own choice: not lossless."""
+
+    factor: float
+    """l: token i is kept with chance min(1, l * p_new / p_old); inf keeps the whole draft"""
+    random_cut: bool = False
+    """cut the draft at a place drawn uniformly instead"""
+    keep_writer: bool = False
+    """kept tokens keep their writer's log-probs and version instead of this visit's"""
 
 
 @dataclass(slots=True)
@@ -92,9 +109,9 @@ class Completion:
     finish: Finish = Finish.ABORT
     abort_reason: str = ""
     accepted: int = 0
-    """tokens taken over from the draft"""
-    drafted: int = 0
-    """tokens of the draft that were verified"""
+    """tokens taken over from drafts, those of re-drafting included"""
+    walked: int = 0
+    """of these, on the draft tree before the first token was decoded"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +125,10 @@ class Request:
     sampling: Sampling
     prefix_ids: tuple[int, ...] = ()
     """completion tokens given, counted in positions, never trained on"""
-    draft: Draft | None = None
+    drafts: tuple[Draft, ...] = ()
+    """guesses; the engine merges those of requests that begin with the same tokens"""
+    lenience: Lenience | None = None
+    """accept `drafts[0]`, and it alone, by this rule; None: lossless"""
     partial: Completion | None = None
     """an aborted completion of this very request (same key) to go on from"""
     probe_at: tuple[int, ...] = ()
@@ -137,6 +157,8 @@ class Rollout:
     seconds_grading: float = 0.0
     weight: float = 1.0
     """in its group's statistics and in the loss; 1 unless its group was thinned out by design"""
+    key_visit: int = 0
+    """the visit that its noise key was made with; another one than `visit` where noise is held"""
 
 
 @dataclass(slots=True)

@@ -7,7 +7,16 @@ import pytest
 import torch
 from scipy import stats
 
-from reroll.algo.noise import _mix, _squares, _to_gumbel, gumbel, gumbel_at, make_key, uniform_bits
+from reroll.algo.noise import (
+    _mix,
+    _squares,
+    _to_gumbel,
+    gumbel,
+    gumbel_at,
+    make_key,
+    uniform,
+    uniform_bits,
+)
 from tests.algo.laws import ALPHA, even
 
 WORD = (1 << 64) - 1
@@ -279,3 +288,52 @@ def test_neighbouring_noise_is_uncorrelated():
     noise = gumbel(keys(200), torch.zeros(200, dtype=torch.long), 401)
     pair = torch.stack([noise[:, :-1].flatten(), noise[:, 1:].flatten()])
     assert abs(torch.corrcoef(pair)[0, 1].item()) < 5 / math.sqrt(80_000)
+
+
+# --- the uniform of lenient acceptance ----------------------------------------------------------
+
+
+def test_uniform_is_the_bits_of_a_token_that_no_vocabulary_has():
+    some = [signed(x) for x in EXTREMES] + keys(5).tolist()
+    pairs = torch.tensor(list(itertools.product(some, [0, 1, 7, 1000])))
+    got = uniform(pairs[:, 0], pairs[:, 1])
+    assert got.dtype == torch.float64 and got.shape == (len(pairs),)
+    bits_N = [reference_bits(key, position, WORD) for key, position in pairs.tolist()]
+    assert got.tolist() == [(bits + 0.5) / 2**32 for bits in bits_N]
+    table = uniform(pairs[:, 0].view(-1, 4), pairs[:, 1].view(-1, 4))  # any shape
+    assert torch.equal(table.flatten(), got)
+
+
+UNIFORMS = {
+    "over keys": lambda: uniform(keys(40_000), torch.zeros(40_000, dtype=torch.long)),
+    "over positions": lambda: uniform(keys(1).expand(40_000), torch.arange(40_000)),
+    "over counting keys": lambda: uniform(torch.arange(-20_000, 20_000), torch.full((40_000,), 3)),
+}
+
+
+@pytest.mark.parametrize("over", UNIFORMS)
+def test_uniform_has_the_uniform_law(over):
+    values = UNIFORMS[over]()
+    assert values.min() > 0 and values.max() < 1
+    assert stats.kstest(values.numpy(), "uniform").pvalue > ALPHA
+    assert even((values * 1024).long(), 1024)
+    assert even((values * 2**32).long() & 255, 256)
+
+
+@pytest.mark.parametrize("token", [0, 1, 2, 60, 150_000])
+def test_uniform_is_independent_of_the_noise_at_the_same_place(token):
+    """Else those who refuse a draft would draw the next token from a bent law."""
+    count = 40_000
+    keys_N, zeros = keys(count), torch.zeros(count, dtype=torch.long)
+    chance = uniform(keys_N, zeros)
+    noise = gumbel_at(keys_N, zeros, torch.full_like(keys_N, token))
+    other = noise.neg().exp().neg().exp()  # back to a uniform
+    # correlations of n independent pairs have standard deviation 1 / sqrt(n)
+    for one, two in ((chance, noise), (chance, other), (chance.log(), other)):
+        assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1].item()) < 4 / math.sqrt(count)
+    # jointly, and of the next position and the one before
+    assert even((chance * 16).long() * 16 + (other * 16).long(), 256)
+    for step in (1, 2):
+        later = uniform(keys_N, zeros + step)
+        assert even((later * 16).long() * 16 + (other * 16).long(), 256)
+        assert even((later * 16).long() * 16 + (chance * 16).long(), 256)

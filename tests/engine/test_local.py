@@ -111,7 +111,7 @@ def drafts_of(kind: str, plain: dict[int, list[int]]) -> dict[int, tuple[int, ..
 @pytest.mark.parametrize("slots", [2, 12])
 def test_drafts_change_the_time_and_never_the_tokens(plain, kind: str, slots: int) -> None:
     drafts = drafts_of(kind, plain)
-    requests = [replace(r, draft=Draft(drafts[r.id])) for r in some_requests()]
+    requests = [replace(r, drafts=(Draft(drafts[r.id]),)) for r in some_requests()]
     engine = engine_of(slots=slots)
     done = finish(engine, requests)
     assert tokens(done) == plain
@@ -121,18 +121,22 @@ def test_drafts_change_the_time_and_never_the_tokens(plain, kind: str, slots: in
         assert completion.finish is expected.finish
         assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-9)
         assert completion.versions == expected.versions
-        agreed = 0
-        while agreed < min(len(drafts[i]), len(plain[i])) and drafts[i][agreed] == plain[i][agreed]:
-            agreed += 1
-        # the last token the limit allows is drawn, not taken over
+        # a group's drafts are one tree; an ending is drawn, and so is the last token of the limit
+        group = [drafts[j] for j in drafts if j // 3 == i // 3]
+        agreed = max(
+            next((n for n, (a, b) in enumerate(zip(d, plain[i], strict=False)) if a != b or a == 7),
+                 min(len(d), len(plain[i])))
+            for d in group
+        )  # fmt: skip
+        limits = [r.sampling.max_tokens for r in requests if r.id // 3 == i // 3]
         limit = requests[i].sampling.max_tokens
-        assert completion.accepted == min(agreed, limit - 1)
+        assert completion.accepted == min(agreed, limit, max(limits) - 1)
 
 
 def test_perfect_drafts_leave_nothing_to_decode(plain) -> None:
     drafts = drafts_of("perfect", plain)
     engine = engine_of()
-    finish(engine, [replace(r, draft=Draft(drafts[r.id])) for r in some_requests()])
+    finish(engine, [replace(r, drafts=(Draft(drafts[r.id]),)) for r in some_requests()])
     assert engine.stats().ticks == 0 and engine.stats().tokens_decoded == 0
 
 
@@ -140,7 +144,7 @@ def test_perfect_drafts_leave_nothing_to_decode(plain) -> None:
 def test_drafts_on_other_architectures(name: str) -> None:
     expected = tokens(finish(engine_of(name), some_requests()))
     drafts = drafts_of("corrupted", expected)
-    requests = [replace(r, draft=Draft(drafts[r.id])) for r in some_requests()]
+    requests = [replace(r, drafts=(Draft(drafts[r.id]),)) for r in some_requests()]
     assert tokens(finish(engine_of(name), requests)) == expected
 
 
@@ -175,7 +179,7 @@ def test_resumed_with_a_draft_of_the_whole(plain) -> None:
         engine.step()
     partial = engine.abort(range(12), "harvest")
     again = [
-        replace(requests[p.request_id], partial=p, draft=Draft(tuple(plain[p.request_id])))
+        replace(requests[p.request_id], partial=p, drafts=(Draft(tuple(plain[p.request_id])),))
         for p in partial
     ]
     assert len(again) > 3
@@ -210,7 +214,7 @@ def test_prefix_is_given_counted_in_positions_and_not_trained(plain) -> None:
     assert done.logprobs[:6] == [0.0] * 6 and done.versions[:6] == [-1] * 6
     # logprobs of what follows are those of the same text unprefixed
     assert done.logprobs[6:] == pytest.approx(whole.logprobs[6:], abs=1e-9)
-    cut = finish(engine_of(), [replace(prefixed, draft=Draft(tuple(whole.token_ids[6:12])))])[0]
+    cut = finish(engine_of(), [replace(prefixed, drafts=(Draft(tuple(whole.token_ids[6:12])),))])[0]
     assert cut.token_ids == whole.token_ids and cut.accepted == 6
 
 
@@ -236,12 +240,12 @@ def test_one_prefill_serves_a_group() -> None:
 
 
 def test_a_finished_slot_is_refilled_at_once() -> None:
-    """With known lengths the ticks are those of list scheduling: no slot idles while work waits."""
+    """With known limits the ticks are those of longest-first scheduling: no slot idles while work waits."""
     lengths = [9, 3, 14, 5, 8, 2, 11, 6, 4, 7]
     engine = engine_of(slots=4)
     finish(engine, [Request(i, (1, 2), i, Sampling(n)) for i, n in enumerate(lengths)])
     ends = [0] * 4
-    for n in lengths:  # the first token of each comes with its prefill
+    for n in sorted(lengths, reverse=True):  # longest first; the first token of each comes with its prefill
         first = ends.index(min(ends))
         ends[first] += n - 1
     assert engine.stats().ticks == max(ends)
@@ -334,7 +338,7 @@ def test_score_equals_the_logprobs_that_step_returned() -> None:
 def test_probes_report_the_last_hidden_state(plain, with_draft: bool) -> None:
     engine = engine_of()
     requests = [
-        replace(r, probe_at=(1, 4, 8), draft=Draft(tuple(plain[r.id][:6])) if with_draft else None)
+        replace(r, probe_at=(1, 4, 8), drafts=(Draft(tuple(plain[r.id][:6])),) if with_draft else ())
         for r in some_requests()
     ]
     done, probes = finish_with_probes(engine, requests)
@@ -375,7 +379,7 @@ def test_training_mode_is_restored_and_no_gradient_is_kept() -> None:
 def test_counters_add_up(plain) -> None:
     engine = engine_of()
     drafts = drafts_of("corrupted", plain)
-    done = finish(engine, [replace(r, draft=Draft(drafts[r.id])) for r in some_requests()])
+    done = finish(engine, [replace(r, drafts=(Draft(drafts[r.id]),)) for r in some_requests()])
     stats = engine.stats()
     assert stats.tokens_drawn == sum(map(len, plain.values()))
     assert stats.tokens_reused == sum(c.accepted for c in done.values())

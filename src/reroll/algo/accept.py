@@ -7,6 +7,8 @@ never the tokens (the coupling of Gumbel-max sampling with itself; compare Levia
 arXiv 2211.17192, whose rejection rule keeps the law but not the token).
 """
 
+import math
+
 import torch
 
 
@@ -21,3 +23,27 @@ def lossless(
     assert draft_RD.shape == choice_RD.shape and length_R.shape == draft_RD.shape[:1]
     inside_RD = torch.arange(draft_RD.shape[1], device=draft_RD.device) < length_R[:, None]
     return ((draft_RD == choice_RD) & inside_RD).long().cumprod(-1).sum(-1)
+
+
+def lenient(
+    log_ratio_RD: torch.Tensor, uniform_RD: torch.Tensor, factor: float, length_R: torch.Tensor
+) -> torch.Tensor:
+    """Accepted draft tokens of each row under SPEC-RL's rule, int64 `[R]`. Not lossless.
+
+    Token i is kept with chance min(1, factor * p_new / p_old), up to the first that is not
+    (arXiv 2509.23232, eq. 3 and 4; their lenience is `factor`). What follows is sampled plainly,
+    without the residual law of Leviathan et al., so even factor 1 does not give the law of the
+    new policy: with p the old and q the new law of a token, its law comes out as
+    min(p, factor q) + (1 - sum min(p, factor q)) q.
+
+    log_ratio_RD: log p_new - log p_old of the draft's tokens; uniform_RD: in (0, 1).
+    """
+    assert log_ratio_RD.shape == uniform_RD.shape and length_R.shape == log_ratio_RD.shape[:1]
+    inside_RD = torch.arange(log_ratio_RD.shape[1], device=length_R.device) < length_R[:, None]
+    kept_RD = uniform_RD.log() <= log_ratio_RD + math.log(factor)
+    return (kept_RD & inside_RD).long().cumprod(-1).sum(-1)
+
+
+def random_cut(uniform_R: torch.Tensor, length_R: torch.Tensor) -> torch.Tensor:
+    """SPEC-RL's ablation "random reuse": a cut drawn uniformly from 0, ..., length; int64 `[R]`."""
+    return torch.minimum((uniform_R * (length_R + 1)).long(), length_R)

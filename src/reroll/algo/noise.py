@@ -33,6 +33,11 @@ def make_key(
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
 
 
+def share(seed: int, purpose: str, row: int, sample: int, visit: int) -> float:
+    """A uniform number in [0, 1) for one rollout's decision; the names as in `make_key`."""
+    return (make_key(seed, purpose, row, sample, visit) % 2**64) / 2**64
+
+
 def gumbel(keys_B: torch.Tensor, positions_B: torch.Tensor, size: int) -> torch.Tensor:
     """Standard Gumbel noise `[B, V]` float64 of a whole vocabulary of `size` tokens.
 
@@ -46,6 +51,15 @@ def gumbel_at(
 ) -> torch.Tensor:
     """The same noise at chosen (key, position, token) triples only: `[N]` float64."""
     return _to_gumbel(_squares(tokens_N, _row_keys(keys_N, positions_N)))
+
+
+def uniform(keys_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+    """A uniform in (0, 1), `[N]` float64, independent of the Gumbel noise at the same place.
+
+    For lenient acceptance. It is the bits of a token that no vocabulary has.
+    """
+    bits = _squares(torch.full_like(keys_N, -1), _row_keys(keys_N, positions_N))
+    return (bits.double() + 0.5) * 0.5**32
 
 
 def uniform_bits(keys_B: torch.Tensor, positions_B: torch.Tensor, size: int) -> torch.Tensor:

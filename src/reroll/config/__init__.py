@@ -10,6 +10,7 @@ from reroll.config.algo import (
     TrainSection,
 )
 from reroll.config.load import Config, describe, differences, load_config, save_config, settings
+from reroll.config.reuse import ReuseSection, StoreSection
 from reroll.config.sections import (
     CheckpointSection,
     EngineSection,
@@ -39,9 +40,11 @@ __all__ = [
     "LogSection",
     "LoraSection",
     "ModelSection",
+    "ReuseSection",
     "RolloutSection",
     "RunSection",
     "Section",
+    "StoreSection",
     "TaskSection",
     "TrainSection",
     "describe",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def contradiction(config: "Config") -> str | None:
     """The first contradiction as one line, or None."""
-    for find in (_groups, _batch, _critic, _kl, _ratio, _length, _without_effect, _cap):
+    for find in (_groups, _batch, _critic, _kl, _ratio, _length, _without_effect, _cap, _reuse):
         if text := find(config):
             return text
     return None
@@ -126,6 +126,27 @@ def _length(config: "Config") -> str | None:
     return None
 
 
+def _reuse(config: "Config") -> str | None:
+    reuse, store = config.reuse, config.store
+    if not reuse.on:
+        return None
+    if isinstance(reuse.refresh, float) and not 0 <= reuse.refresh <= 1:
+        return f"reuse.refresh = {reuse.refresh}: a share of keys, between 0 and 1, or 'trained'"
+    if reuse.epochs + reuse.delay > store.epochs:
+        return (
+            f"store.epochs = {store.epochs}: reuse.epochs + reuse.delay = "
+            f"{reuse.epochs + reuse.delay} asks for older rollouts than are kept; raise it"
+        )
+    writers = reuse.rule == "lenient" and reuse.anchor == "generator"
+    if writers and config.algo.ratio != "token" and config.correct.mode != "decoupled":
+        return (
+            f"algo.ratio = {config.algo.ratio!r}: with reuse.anchor = 'generator' a reply holds "
+            "tokens of several policy versions, over which one ratio of the whole reply means "
+            "nothing; set correct.mode = 'decoupled', or algo.ratio = 'token'"
+        )
+    return None
+
+
 def _cap(config: "Config") -> str | None:
     if 0 < config.correct.cap < 1:
         return (
@@ -156,6 +177,16 @@ _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (
     ("critic", "coef", "trunk", ("shared",)),
     ("correct", "cap", "mode", ("tis", "decoupled")),
     ("correct", "max_lag", "mode", ("mask",)),
+    *(
+        ("reuse", key, "on", (True,))
+        for key in ("rule", "epochs", "rollouts", "prune", "window", "redraft", "siblings", "audit")
+    ),
+    *(("reuse", key, "on", (True,)) for key in ("audit_every", "audit_prompts", "verify")),
+    ("reuse", "refresh", "rule", ("held",)),
+    ("reuse", "max_age", "rule", ("held",)),
+    ("reuse", "rollouts", "rule", ("fresh", "held")),
+    *(("reuse", key, "rule", ("lenient",)) for key in ("lenience", "anchor", "cut", "delay")),
+    ("reuse", "lenience", "cut", ("ratio",)),
     ("lora", "alpha", "rank", ()),
     ("lora", "targets", "rank", ()),
 )

@@ -21,6 +21,7 @@ from reroll.config.algo import (
     TrainSection,
 )
 from reroll.config.check import contradiction
+from reroll.config.reuse import ReuseSection, StoreSection
 from reroll.config.sections import (
     CheckpointSection,
     EngineSection,
@@ -45,6 +46,8 @@ class Config(Section):
     grading: GradingSection = GradingSection()
     rollout: RolloutSection = RolloutSection()
     engine: EngineSection = EngineSection()
+    reuse: ReuseSection = ReuseSection()
+    store: StoreSection = StoreSection()
     algo: AlgoSection = AlgoSection()
     critic: CriticSection = CriticSection()
     correct: CorrectSection = CorrectSection()

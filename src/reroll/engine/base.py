@@ -57,9 +57,18 @@ class Stats:
     tokens_prefilled: int = 0
     """prompt, prefix and resumed tokens run through the model (shared rows once, no padding)"""
     tokens_verified: int = 0
-    """draft tokens run through the model"""
+    """draft tokens run through the model, nodes of a tree once, those of re-drafting included"""
     tokens_reused: int = 0
-    """draft tokens accepted"""
+    """draft tokens accepted, those of re-drafting included"""
+    tokens_redrafted: int = 0
+    """of the verified: offered again after a sequence had left its tree"""
+    tokens_redraft_reused: int = 0
+    """of these, accepted"""
+    nodes_offered: int = 0
+    """nodes of the draft trees; those not verified were not worth it or never reached"""
+    trees_offered: int = 0
+    trees_skipped: int = 0
+    """draft trees of which nothing was verified"""
     tokens_decoded: int = 0
     """tokens run through the model one by one"""
     tokens_drawn: int = 0

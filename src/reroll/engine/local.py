@@ -3,38 +3,63 @@
 A request goes waiting -> ready -> running -> finished:
 
     waiting   queued, in order of submission
-    ready     prefilled ahead: its row's keys and values are held, its draft is verified, its next
-              token is drawn. Requests with the same tokens (a group's prompt) share one row. What
-              ends here (stop id, limit inside a draft) never takes a slot
-    running   in slot 0..active-1, one token a tick
+    ready     prefilled ahead: its row's keys and values are held, its draft tree is walked, its
+              next token is drawn. Requests with the same tokens (a group's prompt) share one row.
+              What ends here (stop id, limit inside a draft) never takes a slot
+    running   in slot 0..active-1, one token a tick, or a few where re-drafting offers some
 
-One `step` prefills if free slots outnumber the ready, fills the free slots, closes holes so that
-active slots stay packed at the front, and decodes one tick.
+One `step` prefills if free slots outnumber the ready, fills the free slots (longest expected rest
+first), closes holes so that active slots stay packed at the front, and decodes one tick.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from reroll.algo.sample import Law
 from reroll.engine.base import Capabilities, Event, Finished, Stats
-from reroll.engine.prefill import next_rows, prefill, probes
-from reroll.engine.runner import Runner, make_law
+from reroll.engine.costs import CHUNKS, TYPICAL, Costs, Pace
+from reroll.engine.decode import Decoder
+from reroll.engine.follow import Follow
+from reroll.engine.measure import measure_costs
+from reroll.engine.prefill import Plan, next_rows, prefill
+from reroll.engine.redraft import Rates, Texts
+from reroll.engine.runner import Runner
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.slots import SlotCache, check_fits, layer_shapes
 from reroll.errors import UserError
 from reroll.model.logprobs import token_logprobs
-from reroll.types import Completion, Request
+from reroll.types import Completion, Draft, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How drafts are used. None of it changes a token, but for requests with a `Lenience`."""
+
+    branching: bool = True
+    """several drafts of a prompt make a tree; False: each request verifies its first one alone"""
+    window: int = 64
+    """depth of a tree that one forward runs at most"""
+    choose: bool = False
+    """verify only nodes that are expected to save more than they cost"""
+    redraft: int = 1
+    """tokens a slot and tick at most, offered ones included: 1, 2, 4 or 8"""
+    siblings: bool = False
+    """what a group's members have finished is offered to those that still run or wait"""
 
 
 class LocalEngine:
     """See the module. `capacity` is the tokens a slot holds: prompt + completion.
 
     `prefill_tokens` and `prefill_rows` bound one prefill forward (a single longer row runs alone).
-    Raises UserError when the slots would not fit in `cache_gb` GiB.
+    `costs` decides which drafts are worth verifying. Raises UserError when the slots would not fit
+    in `cache_gb` GiB.
     """
 
     def __init__(
@@ -47,36 +72,58 @@ class LocalEngine:
         prefill_tokens: int = 4096,
         prefill_rows: int = 32,
         autocast: torch.dtype | None = None,
+        speculation: Speculation | None = None,
+        costs: Costs = TYPICAL,
     ) -> None:
         self.runner = Runner(model, autocast)
+        self.capacity = capacity
+        self.speculation = speculation or Speculation()
+        self.costs = costs
+        self.follow, self.rates, self.pace = Follow(), Rates(), Pace()
+        assert self.speculation.redraft in CHUNKS
         self.policy_version = 0
         self.prefill_tokens, self.prefill_rows = prefill_tokens, prefill_rows
         with self.runner.inference():
             shapes = layer_shapes(self.runner.prefill([[0]], [1], hidden=False).cache)
             self.memory = check_fits(shapes, slots, capacity, cache_gb)
-            self.cache = SlotCache(shapes, slots, capacity, self.runner.device)
+            # room for refused tokens behind the last one that is kept
+            room = capacity + self.speculation.redraft - 1
+            self.cache = SlotCache(shapes, slots, room, self.runner.device)
         self._waiting: deque[Running] = deque()
-        self._ready: deque[Running] = deque()
+        self._ready: list[Running] = []
         self._running: list[Running] = []
-        self._changed = True
+        self._owners: dict[int, tuple[Texts, int]] = {}
+        self._texts: WeakValueDictionary[tuple[int, ...], Texts] = WeakValueDictionary()
         self._stats = Stats(capacity=slots)
+        self._decoder = Decoder(self.runner, self.cache, self.rates, self.pace, self._stats)
 
     @property
     def capabilities(self) -> Capabilities:
-        """Lossless drafts and hidden states."""
-        return Capabilities(lossless_drafts=True, hidden_states=True)
+        """Drafts of both kinds and hidden states."""
+        return Capabilities(lossless_drafts=True, lenient_drafts=True, hidden_states=True)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises UserError when it can never fit its slot."""
-        sequence = Running.start(request)
+        """Queue a request. Raises UserError when it can never fit its slot, or when lenience meets
+        a law that it is not defined for."""
+        sampling = request.sampling
+        if request.lenience and (sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1):
+            raise UserError(
+                f"request {request.id}: lenient drafts need the whole tempered law: temperature "
+                "above 0, no top-k, no top-p"
+            )
         longest = len(request.prompt_ids) + len(request.prefix_ids) + request.sampling.max_tokens
-        if not request.prompt_ids or longest > self.cache.capacity:
+        if not request.prompt_ids or longest > self.capacity:
             raise UserError(
                 f"request {request.id}: prompt of {len(request.prompt_ids)} tokens + prefix of "
                 f"{len(request.prefix_ids)} + limit of {request.sampling.max_tokens} does not "
-                f"fit a slot of {self.cache.capacity}: shorten it, or raise the engine's capacity"
+                f"fit a slot of {self.capacity}: shorten it, or raise the engine's capacity"
             )
-        self._waiting.append(sequence)
+        start = (*request.prompt_ids, *request.prefix_ids)
+        texts = self._texts.setdefault(start, Texts())
+        texts.add(request.drafts)
+        self._waiting.append(Running.start(request, texts))
+        if self.speculation.siblings:
+            self._owners[request.id] = (texts, len(request.prefix_ids))
 
     def step(self) -> list[Event]:
         """One tick: admit, draw one token a slot, report what finished or was probed."""
@@ -88,6 +135,8 @@ class LocalEngine:
             self._admit()
             if self._running:
                 events += self._decode()
+        if self.speculation.siblings:
+            self._share(events)
         return events
 
     def abort(self, ids: Iterable[int] | None, reason: str) -> list[Completion]:
@@ -102,6 +151,8 @@ class LocalEngine:
             else:
                 for sequence in leaving:
                     queue.remove(sequence)
+            for sequence in leaving:
+                self._owners.pop(sequence.request.id, None)
             aborted += [sequence.abort(reason) for sequence in leaving]
         return aborted
 
@@ -125,6 +176,8 @@ class LocalEngine:
                 "weights may not change while requests are in the engine: abort them first"
             )
         self.policy_version = version
+        for counts in (self.follow, self.rates, self.pace):
+            counts.decay()
 
     def stats(self) -> Stats:
         """Live counters."""
@@ -132,62 +185,82 @@ class LocalEngine:
         self._stats.waiting = len(self._waiting) + len(self._ready)
         return self._stats
 
+    def measure(self) -> Costs:
+        """Time ticks and forwards over trees, on this machine, now; the slots must be empty."""
+        assert not self._running and not self._ready
+        with self.runner.inference():
+            return measure_costs(self.runner, self.cache, self.prefill_tokens)
+
+    def state(self) -> dict[str, Any]:
+        """What has been counted to choose drafts by, for a checkpoint."""
+        counts = {"follow": self.follow, "rates": self.rates, "pace": self.pace}
+        return {name: one.state() for name, one in counts.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`."""
+        self.follow.load_state(state["follow"])
+        self.rates.load_state(state["rates"])
+        self.pace.load_state(state["pace"])
+
     def check(self) -> None:
         """Integrity: slots, lengths and streams agree. For tests and debugging."""
         assert len(self._running) <= self.cache.slots
         for sequence in [*self._running, *self._ready]:
             sequence.check()
-            assert sequence.length < self.cache.capacity
+            assert sequence.length < self.capacity
 
-    # --- prefill and verification ---------------------------------------------------------------
+    # --- prefill --------------------------------------------------------------------------------
 
     def _prefill(self) -> list[Event]:
         """Run waiting requests in one forward; each is then ready, or finished."""
         started = time.perf_counter()
-        rows = next_rows(self._waiting, self.prefill_tokens, self.prefill_rows)
+        chosen = self.speculation
+        token = self.pace.token(self.costs, self.cache.slots)
+        least = self.costs.prefill / token if chosen.choose else 0.0
+        plan = Plan(self.follow, least, chosen.window, chosen.branching)
+        rows = next_rows(self._waiting, plan, self.prefill_tokens, self.prefill_rows)
+        sequences = [sequence for row in rows for sequence in row.sequences]
+        drawn = -sum(len(s.completion.token_ids) for s in sequences)
+        reused = -sum(s.completion.walked for s in sequences)
         events: list[Event] = []
-        for sequence, probed in prefill(self.runner, rows, self.policy_version):
-            events += probed
-            self._stats.tokens_drawn += sequence.drawn_at_prefill
-            self._stats.tokens_reused += sequence.reused_at_prefill
+        events += prefill(self.runner, rows, self.policy_version, plan, self._stats)
+        for sequence in sequences:
+            drawn += len(sequence.completion.token_ids)
+            reused += sequence.completion.walked
             if sequence.finished:
                 events.append(Finished(sequence.completion))
             else:
                 self._ready.append(sequence)
-        for leader, *_ in rows:  # a shared row is run once
-            given, draft = leader.given, len(leader.draft)
-            self._stats.tokens_prefilled += given
-            self._stats.tokens_verified += draft
-            self._stats.context["prefill"] += given * (given + 1) // 2
-            self._stats.context["verify"] += draft * (2 * given + draft + 1) // 2
+        self._ready.sort(key=Running.expected_left, reverse=True)
+        self._stats.tokens_drawn += drawn
+        self._stats.tokens_reused += reused
         self._stats.seconds["prefill"] += time.perf_counter() - started
         return events
+
+    def _share(self, events: Sequence[Event]) -> None:
+        """Offer what has finished to the group's members that have not."""
+        for event in events:
+            if isinstance(event, Finished):
+                texts, prefix = self._owners.pop(event.completion.request_id)
+                texts.add([Draft(event.completion.token_ids[prefix:])])
 
     # --- slots ----------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Fill free slots from the ready, in order; one copy for neighbours that share a row."""
-        batch: list[Running] = []
-        source: tuple[DynamicCache, int] | None = None
-        while self._ready and len(self._running) + len(batch) < self.cache.slots:
-            sequence = self._ready.popleft()
-            if batch and (sequence.source != source or sequence.length != batch[0].length):
-                self._load(batch)
-                batch = []
-            batch.append(sequence)
-            source = sequence.source
-        if batch:
-            self._load(batch)
+        """Fill free slots from the ready, in order; one copy for those of one prefill."""
+        free = self.cache.slots - len(self._running)
+        chosen, self._ready = self._ready[:free], self._ready[free:]
+        for _, batch in groupby(chosen, key=lambda s: id(s.source[0])):
+            self._load(list(batch))
 
     def _load(self, batch: list[Running]) -> None:
-        assert batch[0].source is not None
-        start = len(self._running)
-        cache, row = batch[0].source
-        self.cache.load(list(range(start, start + len(batch))), cache, row, batch[0].length)
+        cache = batch[0].source[0]
+        rows, columns = [s.source[1] for s in batch], [s.source[2] for s in batch]
+        self.cache.load(len(self._running), cache, rows, columns)
         for sequence in batch:
             sequence.source = None
         self._running += batch
-        self._changed = True
+        self._decoder.changed = True
 
     def _vacate(self, ids: set[int]) -> None:
         """Take sequences out of their slots and close the holes from the back."""
@@ -203,56 +276,20 @@ class LocalEngine:
                 if last.request.id not in ids:
                     self.cache.move(len(running), slot, last.length)
                 running[slot] = last
-        self._changed = self._changed or bool(ids)
+        self._decoder.changed = self._decoder.changed or bool(ids)
 
     # --- decode ---------------------------------------------------------------------------------
 
     def _decode(self) -> list[Event]:
-        """One token for every running sequence."""
+        """One tick for every running sequence."""
         started = time.perf_counter()
-        running = self._running
-        if self._changed:
-            self._gather_state()
-        longest = max(sequence.length for sequence in running) + 1
-        hidden = any(s.request.probe_at for s in running)
-        logits, states = self.runner.decode(
-            self.cache, self._tokens, self._lengths, longest, hidden
-        )
-        drawn = self.runner.draw(logits, self._positions, self._law)
-        self._tokens = drawn.tokens
-        self._lengths = self._lengths + 1
-        self._positions = self._positions + 1
-        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        behaviour = (
-            drawn.behaviour_logprobs.tolist()
-            if self._law.any_truncated or self._law.any_greedy
-            else logprobs
-        )
         events: list[Event] = []
-        for slot, sequence in enumerate(running):
-            self._stats.context["decode"] += sequence.length + 1
-            if states is not None:
-                at = len(sequence.completion.token_ids)
-                events += probes(sequence, states[slot : slot + 1], at, 1)
-            sequence.take(tokens[slot], logprobs[slot], behaviour[slot], self.policy_version)
-        done = [sequence for sequence in running if sequence.finished]
-        self._stats.ticks += 1
-        self._stats.tokens_decoded += len(running)
-        self._stats.tokens_drawn += len(running)
+        events += self._decoder.tick(
+            self._running, self.policy_version, self.speculation.redraft, self.costs
+        )
+        done = [sequence for sequence in self._running if sequence.finished]
         if done:
             self._vacate({sequence.request.id for sequence in done})
             events += [Finished(sequence.completion) for sequence in done]
         self._stats.seconds["decode"] += time.perf_counter() - started
         return events
-
-    def _gather_state(self) -> None:
-        """Rebuild the per-slot tensors after slots have changed hands."""
-        device, running = self.runner.device, self._running
-        self._law: Law = make_law([s.request for s in running], device)
-        last = [s.completion.token_ids[-1] for s in running]
-        self._tokens = torch.tensor(last, device=device)
-        self._lengths = torch.tensor([s.length for s in running], device=device)
-        self._positions = torch.tensor(
-            [len(s.completion.token_ids) for s in running], device=device
-        )
-        self._changed = False

@@ -1,4 +1,4 @@
-"""The attention mask of a decode tick, in the form that the model takes.
+"""Attention masks of decode ticks and draft trees, in the form that the model takes.
 
 Most models take one 4-D mask for all layers. Models whose configuration lists layer types
 (full, sliding) take a mask for each type. Models with one window for every layer (Mistral, Phi-3,
@@ -34,19 +34,31 @@ def mask_style(config: PreTrainedConfig) -> MaskStyle:
     return MaskStyle(window, by_layer_type, text._attn_implementation == "eager")
 
 
-def decode_mask(style: MaskStyle, lengths: torch.Tensor, longest: int, dtype: torch.dtype) -> Mask:
-    """Mask `[active, 1, 1, longest]` for tokens at positions `lengths` (`[active]`), each seeing
-    itself and what stands before it in its slot; a dictionary by layer type where needed."""
+def decode_mask(
+    style: MaskStyle, lengths: torch.Tensor, longest: int, dtype: torch.dtype, chunk: int = 1
+) -> Mask:
+    """Mask `[active, 1, chunk, longest]` for tokens at positions `lengths` (`[active]`) and the
+    `chunk - 1` after, each seeing itself and what stands before it in its slot."""
     index = torch.arange(longest, device=lengths.device)
-    full = index <= lengths[:, None]
+    position = lengths[:, None] + torch.arange(chunk, device=lengths.device)
+    return attention_mask(style, index <= position[..., None], position[..., None] - index, dtype)
+
+
+def attention_mask(
+    style: MaskStyle, seen: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype
+) -> Mask:
+    """The mask `[R, 1, Q, C]` in the model's form, a dictionary by layer type where needed.
+
+    seen: `[R, Q, C]` what each query may see; distance: how far back that stands, in positions.
+    """
     if style.window is None:
-        return _shape(full, style.additive, dtype)
-    sliding = full & (index > lengths[:, None] - style.window)
+        return _shape(seen, style.additive, dtype)
+    sliding = _shape(seen & (distance < style.window), style.additive, dtype)
     if not style.by_layer_type:
-        return _shape(sliding, style.additive, dtype)
+        return sliding
     return {
-        "full_attention": _shape(full, style.additive, dtype),
-        "sliding_attention": _shape(sliding, style.additive, dtype),
+        "full_attention": _shape(seen, style.additive, dtype),
+        "sliding_attention": sliding,
     }
 
 
@@ -54,4 +66,4 @@ def _shape(seen: torch.Tensor, additive: bool, dtype: torch.dtype) -> torch.Tens
     if additive:
         lowest = torch.finfo(dtype).min
         seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
-    return seen[:, None, None, :]
+    return seen[:, None]

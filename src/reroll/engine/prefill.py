@@ -1,102 +1,265 @@
-"""Prefill and verification: what is given runs through the model, and the draft behind it with it.
+"""Prefill: what is given runs through the model, and the draft tree behind it with it.
 
-One forward serves many requests; those with the same tokens (a group's prompt) share a row. The
-sampler's own choice, under each request's own noise, is drawn at the last given token and at every
-draft token; what agrees is kept, and the first choice that does not is the next token anyway.
+One forward serves many requests. Those that begin with the same tokens (a group's prompt) share a
+row, and their drafts one tree. Every sample then walks down its row's tree (`engine/walk.py`); a
+deep tree is run in windows of depth, each next one only below the nodes where samples wait.
+
+    row:  given tokens | nodes of the tree, each seeing its ancestors alone | padding
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
+import numpy as np
+from transformers import DynamicCache
 
-from reroll.algo.accept import lossless
-from reroll.algo.sample import Drawn
-from reroll.engine.base import Probed
-from reroll.engine.runner import Prefilled, Runner, make_law, take
-from reroll.engine.sequence import Sequence
+from reroll.engine.base import Probed, Stats
+from reroll.engine.follow import Follow, expected_visits
+from reroll.engine.lenient import accept_lenient
+from reroll.engine.runner import Columns, Prefilled, Runner
+from reroll.engine.sequence import Sequence as Running
+from reroll.engine.walk import Forest, Walk
+from reroll.model.tree import EVERYTHING, Tree, merge
 
 
-def next_rows(waiting: deque[Sequence], max_tokens: int, max_rows: int) -> list[list[Sequence]]:
-    """Take requests for one forward off the queue, in order, grouped into rows of equal tokens.
+@dataclass(slots=True, eq=False)
+class Row:
+    """Requests that begin with the same tokens, and their tree."""
+
+    sequences: list[Running]
+    given: tuple[int, ...]
+    tree: Tree
+    nodes: np.ndarray
+    """of the next forward, in preorder, the root not among them"""
+    columns: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.int64))
+    """`[3, C]` of its keys and values so far: preorder number, end, position; see `tree_mask`"""
+
+    def __len__(self) -> int:
+        return len(self.given) + len(self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What decides which nodes are verified."""
+
+    follow: Follow
+    least: float
+    """visits that a node must be expected to get: a token's prefill over its decoding; 0: any"""
+    window: int
+    """depth of a tree that one forward runs at most"""
+    branching: bool
+    """False for models that take no tree masks: a row has one draft"""
+
+    def nodes(self, tree: Tree, standing: np.ndarray, depth: int) -> np.ndarray:
+        """Nodes from `depth` to the end of the window that are worth a forward.
+
+        A node saves a decoded token for each sample expected at it, and costs one of prefill.
+        standing: `[N]` samples at the nodes of that depth.
+        """
+        start = max(depth, 1)
+        inside = (tree.depth >= start) & (tree.depth < start + self.window)
+        if self.least > 0 and len(tree) > 1:
+            inside &= expected_visits(tree, self.follow, standing, depth) > self.least
+        return np.flatnonzero(inside)
+
+
+def next_rows(waiting: deque[Running], plan: Plan, max_tokens: int, max_rows: int) -> list[Row]:
+    """Take requests for one forward off the queue, in order, grouped into rows.
 
     The padded forward has at most `max_tokens` tokens in `max_rows` rows; a longer row runs alone.
     """
-    rows: dict[tuple[int, tuple[int, ...]], list[Sequence]] = {}
-    longest = 0
+    rows: dict[object, Row] = {}
+    width = 0
     while waiting:
-        tokens = waiting[0].tokens_to_prefill()
-        key = (waiting[0].given, tokens)
-        if key not in rows and rows:
-            width = max(longest, len(tokens))
-            if len(rows) == max_rows or (len(rows) + 1) * width > max_tokens:
-                break
-        longest = max(longest, len(tokens))
-        rows.setdefault(key, []).append(waiting.popleft())
+        taken = _alike(waiting, plan)
+        key = _key(taken[0], plan)
+        before = rows[key].sequences if key in rows else []
+        row = _row([*before, *taken], plan)
+        wider, count = max(width, len(row)), len(rows) + (key not in rows)
+        if rows and (count > max_rows or (count > len(rows) and count * wider > max_tokens)):
+            waiting.extendleft(reversed(taken))
+            break
+        rows[key], width = row, wider
     return list(rows.values())
 
 
+def _key(sequence: Running, plan: Plan) -> object:
+    """What a row's sequences have in common."""
+    given = sequence.given_tokens()
+    return given if plan.branching else (given, *map(id, sequence.drafts()[:1]))
+
+
+def _alike(waiting: deque[Running], plan: Plan) -> list[Running]:
+    """The requests at the head of the queue that can share a row."""
+    taken = [waiting.popleft()]
+    key = _key(taken[0], plan)
+    while waiting and _key(waiting[0], plan) == key:
+        taken.append(waiting.popleft())
+    return taken
+
+
+def _row(sequences: list[Running], plan: Plan) -> Row:
+    """A row with the tree of its sequences' drafts."""
+    # drafts are mostly the group's: the same objects, taken once
+    every = {id(draft): draft for s in sequences for draft in s.drafts()}
+    drafts = list(every.values()) if plan.branching else list(sequences[0].drafts()[:1])
+    widest = max(sequences, key=lambda s: s.request.sampling.max_tokens)
+    tree, given = merge([widest.rest_of(draft) for draft in drafts]), widest.given_tokens()
+    if any(s.request.lenience for s in sequences):
+        for sequence in sequences:
+            sequence.text = drafts.index(sequence.drafts()[0]) if sequence.drafts() else -1
+        return Row(sequences, given, tree, np.arange(1, len(tree)))
+    standing = np.zeros(len(tree))
+    standing[0] = len(sequences)
+    return Row(sequences, given, tree, plan.nodes(tree, standing, 0))
+
+
 def prefill(
-    runner: Runner, rows: list[list[Sequence]], version: int
-) -> Iterator[tuple[Sequence, list[Probed]]]:
-    """Run the rows; each sequence takes what was drawn for it and remembers its row.
-
-    Yields the sequences in order with the probe events of the positions they passed.
+    runner: Runner, rows: list[Row], version: int, plan: Plan, stats: Stats
+) -> list[Probed]:
+    """Run the rows; each sequence takes what was drawn for it and remembers where its keys and
+    values are. Returns the probe events of the positions they passed.
     """
-    leaders = [row[0] for row in rows]
-    hidden = any(s.request.probe_at for row in rows for s in row)
-    prefilled = runner.prefill(
-        [s.tokens_to_prefill() for s in leaders], [s.given for s in leaders], hidden
+    forest = Forest([row.tree for row in rows])
+    samples = [(index, s) for index, row in enumerate(rows) for s in row.sequences]
+    walk = Walk(runner, forest, samples, version, plan.follow)
+    hidden = any(s.request.probe_at for s in walk.samples)
+    which = list(range(len(rows)))
+    ran = _forward(runner, forest, rows, which, None, hidden)
+    accept_lenient(walk, ran.logits)
+    walk.go(ran.logits)
+    events = _probes(walk, ran) if hidden else []
+    _settle(walk, rows, which, ran.cache)
+    depth = 1 + plan.window
+    # a probe needs the states of one forward, so what is probed stops at its first window
+    while not hidden and (further := _further(walk, rows, plan, depth)):
+        past = _select(ran.cache, [which.index(row) for row in further])
+        which = further
+        ran = _forward(runner, forest, rows, which, past, False)
+        walk.go(ran.logits)
+        _settle(walk, rows, which, ran.cache)
+        depth += plan.window
+    for index, row in enumerate(rows):
+        _count(stats, row, forest.column[forest.at[index] :][: len(row.tree)] >= 0)
+    return events
+
+
+def _forward(
+    runner: Runner,
+    forest: Forest,
+    rows: Sequence[Row],
+    which: Sequence[int],
+    past: DynamicCache | None,
+    hidden: bool,
+) -> Prefilled:
+    """Run the chosen nodes of some rows (and what is given, if nothing is past)."""
+    forest.logit[:] = -1
+    texts, columns, starts, total = [], [], [], 0
+    width = 0 if past is None else past.get_seq_length()
+    for index in which:
+        row, root = rows[index], forest.at[index]
+        given = row.given if past is None else ()
+        before, nodes, tree = len(row.given), row.nodes, row.tree
+        texts.append([*given, *tree.tokens[nodes].tolist()])
+        starts.append(max(len(given) - 1, 0))
+        own = np.stack([nodes - 1, tree.end[nodes] - 1, tree.depth[nodes] - 1]) + before
+        if given:
+            step = np.arange(before)
+            own = np.concatenate([[step, np.full(before, EVERYTHING), step], own], axis=1)
+            forest.column[root] = before - 1
+        columns.append(own)
+        ran = np.concatenate([[0], nodes]) if given else nodes
+        forest.logit[root + ran] = total + np.arange(len(ran))
+        forest.column[root + nodes] = width + len(given) + np.arange(len(nodes))
+        total += len(ran)
+    longest = max(map(len, texts))
+    for index, own in zip(which, columns, strict=True):
+        # a pad is seen by pads alone
+        pads = np.repeat([[EVERYTHING], [EVERYTHING + 1], [0]], longest - own.shape[1], axis=1)
+        rows[index].columns = np.concatenate([rows[index].columns, own, pads], axis=1)
+    if past is None and all(_is_chain(rows[index]) for index in which):
+        return runner.prefill(texts, starts, hidden)  # causal as any text: no mask to read
+    stacked = Columns(*np.stack([rows[index].columns for index in which], axis=1))
+    return runner.prefill(texts, starts, hidden, stacked, past)
+
+
+def _is_chain(row: Row) -> bool:
+    """Whether the nodes to run are one text from the root on."""
+    depths = row.tree.depth[row.nodes]
+    return bool((depths == np.arange(1, len(depths) + 1)).all())
+
+
+def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
+    """A copy of some rows of keys and values, to go on from."""
+    chosen = DynamicCache()
+    for index, layer in enumerate(list[Any](cache.layers)):
+        chosen.update(layer.keys[rows], layer.values[rows], index)
+    return chosen
+
+
+def _further(walk: Walk, rows: Sequence[Row], plan: Plan, depth: int) -> list[int]:
+    """Choose the nodes of the window that begins at `depth`; the rows that have any.
+
+    Only below nodes of that depth where samples wait: those that wait higher up do so at nodes
+    that were not worth it.
+    """
+    further = []
+    waiting = walk.waiting()
+    waiting = waiting[walk.forest.depth[walk.at[waiting]] == depth]
+    for index in np.unique(walk.row[waiting]).tolist():
+        row = rows[index]
+        at = walk.at[waiting[walk.row[waiting] == index]] - walk.forest.at[index]
+        standing = np.bincount(at, minlength=len(row.tree)).astype(float)
+        chosen = plan.nodes(row.tree, standing, depth)
+        row.nodes = chosen[_below(row.tree, at)[chosen]]
+        if len(row.nodes):
+            further.append(index)
+    return further
+
+
+def _below(tree: Tree, at: np.ndarray) -> np.ndarray:
+    """Which nodes are these or their descendants, bool `[N]`."""
+    change = np.bincount(at, minlength=len(tree) + 1) - np.bincount(
+        tree.end[at], minlength=len(tree) + 1
     )
-    sequences = [(index, s) for index, row in enumerate(rows) for s in row]
-    drawn, accepted = _verify(runner, prefilled, sequences)
-    streams = [stream.tolist() for stream in drawn]
-    at = 0
-    for (index, sequence), kept in zip(sequences, accepted, strict=True):
-        tokens, logprobs, behaviour = (stream[at : at + kept + 1] for stream in streams)
-        at += len(sequence.draft) + 1
-        states = None if prefilled.hidden is None else prefilled.hidden[prefilled.first[index] :]
-        events = probes(sequence, states, len(sequence.completion.token_ids), kept + 1)
-        sequence.take_verified(tokens, logprobs, behaviour, version)
-        sequence.source = (prefilled.cache, index)
-        yield sequence, events
+    return np.cumsum(change)[: len(tree)] > 0
 
 
-def _verify(
-    runner: Runner, prefilled: Prefilled, sequences: list[tuple[int, Sequence]]
-) -> tuple[Drawn, list[int]]:
-    """The sampler's own choice at every draft position, and how much of each draft it is."""
-    device = runner.device
-    counts = [len(s.draft) + 1 for _, s in sequences]
-    width = max(counts)
-    offset = torch.arange(width, device=device)
-    size = torch.tensor(counts, device=device)
-    inside = offset < size[:, None]
-    first = torch.tensor([prefilled.first[index] for index, _ in sequences], device=device)
-    begin = torch.tensor([len(s.completion.token_ids) for _, s in sequences], device=device)
-    law = make_law([s.request for _, s in sequences], device)
-    which = torch.arange(len(sequences), device=device).repeat_interleave(size)
-    logits = prefilled.logits[(first[:, None] + offset)[inside]]
-    drawn = runner.draw(logits, (begin[:, None] + offset)[inside], take(law, which))
-    if width == 1:
-        return drawn, [0] * len(sequences)
-    choices = torch.zeros(inside.shape, dtype=torch.long, device=device)
-    choices[inside] = drawn.tokens
-    drafts = [[*s.draft, *[0] * (width - len(s.draft))] for _, s in sequences]
-    accepted = lossless(torch.tensor(drafts, device=device)[:, :-1], choices[:, :-1], size - 1)
-    return drawn, accepted.tolist()
+def _settle(walk: Walk, rows: Sequence[Row], which: Sequence[int], cache: DynamicCache) -> None:
+    """Each sample of these rows: where the keys and values of its tokens are."""
+    place = {row: index for index, row in enumerate(which)}
+    for index, sequence in enumerate(walk.samples):
+        row = int(walk.row[index])
+        if row not in place or sequence.finished:
+            continue
+        given = sequence.given
+        path = walk.forest.path(walk.at[index], 1, sequence.length - given + 1)
+        columns = np.concatenate([np.arange(given), walk.forest.column[path]])
+        sequence.source = (cache, place[row], columns)
 
 
-def probes(sequence: Sequence, states: torch.Tensor | None, begin: int, drawn: int) -> list[Probed]:
-    """Probe events among the forwards that drew tokens begin, ..., begin + drawn - 1.
+def _count(stats: Stats, row: Row, ran: np.ndarray) -> None:
+    """Book a row: given tokens, and the nodes that were run."""
+    given, verified = len(row.given), int(ran[1:].sum())
+    stats.tokens_prefilled += given
+    stats.tokens_verified += verified
+    stats.context["prefill"] += given * (given + 1) // 2
+    stats.context["verify"] += int(row.tree.depth[1:][ran[1:]].sum()) + given * verified
+    if len(row.tree) > 1:
+        stats.trees_offered += 1
+        stats.nodes_offered += len(row.tree) - 1
+        stats.trees_skipped += verified == 0
 
-    `states[i]` is the hidden state from which token begin + i was drawn, that is, after reading
-    begin + i completion tokens.
-    """
-    if states is None:
-        return []
-    return [
-        Probed(sequence.request.id, position, states[position - begin].clone())
-        for position in sequence.request.probe_at
-        if begin <= position < begin + drawn
-    ]
+
+def _probes(walk: Walk, ran: Prefilled) -> list[Probed]:
+    """Probe events of the tokens drawn so far."""
+    assert ran.hidden is not None
+    events = []
+    for index, sequence in enumerate(walk.samples):
+        drawn = len(sequence.completion.token_ids) - int(walk.begin[index])
+        passed = walk.forest.path(walk.at[index], 0, drawn)
+        states = ran.hidden[walk.forest.logit[passed]]
+        events += sequence.probes(states, int(walk.begin[index]), drawn)
+    return events

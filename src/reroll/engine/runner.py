@@ -6,16 +6,19 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from reroll.algo.sample import Drawn, Law, draw
 from reroll.engine.fastlinear import onednn_forwards, replaced
-from reroll.engine.masks import decode_mask, mask_style
+from reroll.engine.masks import attention_mask, decode_mask, mask_style
 from reroll.engine.slots import SlotCache
 from reroll.model.hidden import hidden_states
 from reroll.model.ragged import pad
+from reroll.model.tree import tree_mask
 from reroll.types import Request
 
 
@@ -29,8 +32,14 @@ class Prefilled:
     """`[N, V]`, for each row at its wanted positions, row after row"""
     hidden: torch.Tensor | None
     """`[N, H]` last hidden states there, if asked for"""
-    first: list[int]
-    """index in N of each row's first wanted position"""
+
+
+class Columns(NamedTuple):
+    """Of the keys and values of rows that hold trees, `[R, C]` each; see `model/tree.py`."""
+
+    order: np.ndarray
+    end: np.ndarray
+    position: np.ndarray
 
 
 def make_law(requests: Sequence[Request], device: torch.device) -> Law:
@@ -58,6 +67,8 @@ class Runner:
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None) -> None:
         self.model, self.autocast = model, autocast
         self.device = model.device
+        self.verify: torch.dtype | None = None
+        """run draft trees under this autocast instead"""
         self.style = mask_style(model.config)
         self._modules = list(model.modules())
         self._forwards = [] if autocast is not None else onednn_forwards(model)
@@ -79,25 +90,56 @@ class Runner:
             for module in training:
                 module.training = True
 
-    def prefill(
-        self, rows: Sequence[Sequence[int]], given: Sequence[int], hidden: bool
-    ) -> Prefilled:
-        """Run rows through the model; logits from token `given - 1` of each row to its last.
+    @contextmanager
+    def _rounding(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Autocast to `dtype`, with the module's own products; None: nothing changes."""
+        if dtype is None:
+            yield
+            return
+        forwards = [(module, module.__dict__.pop("forward")) for module, _ in self._forwards]
+        try:
+            with torch.autocast(self.device.type, dtype):
+                yield
+        finally:
+            for module, forward in forwards:
+                module.__dict__["forward"] = forward
 
-        A row is what a sequence has (its first `given` tokens) and a draft behind it.
+    def prefill(
+        self,
+        rows: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        hidden: bool,
+        columns: Columns | None = None,
+        past: DynamicCache | None = None,
+    ) -> Prefilled:
+        """Run rows through the model; logits from token `starts[r]` of row r to its last.
+
+        Rows are plain texts, or (columns) trees, perhaps behind keys and values of the `past`,
+        which are added to.
         """
-        tokens, wanted = pad(rows, [g - 1 for g in given], list(map(len, rows)), self.device)
-        cache = DynamicCache()
-        with hidden_states(self.model, hidden) as states:
+        tokens, wanted = pad(rows, starts, list(map(len, rows)), self.device)
+        cache = past if past is not None else DynamicCache()
+        where = {}
+        if columns is not None:
+            queries = tokens.shape[1]
+            order, end, position = (torch.from_numpy(x).to(self.device) for x in columns)
+            distance = position[:, -queries:, None] - position[:, None, :]
+            dtype = self.verify or self.autocast or self.model.dtype
+            seen = tree_mask(order, end, queries)
+            where["position_ids"] = position[:, -queries:]
+            where["attention_mask"] = attention_mask(self.style, seen, distance, dtype)
+        rounded = self.verify if columns is not None else None
+        with hidden_states(self.model, hidden) as states, self._rounding(rounded):
             logits = self.model(
-                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=wanted
+                input_ids=tokens,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=wanted,
+                **where,
             ).logits
-        first, total = [], 0
-        for row, g in zip(rows, given, strict=True):
-            first.append(total)
-            total += len(row) - g + 1
+        total = sum(len(row) - start for row, start in zip(rows, starts, strict=True))
         assert logits.shape[0] == total, "the model ignores logits_to_keep"
-        return Prefilled(cache, logits, states[0] if hidden else None, first)
+        return Prefilled(cache, logits, states[0] if hidden else None)
 
     def decode(
         self,
@@ -107,19 +149,21 @@ class Runner:
         longest: int,
         hidden: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One token a slot: logits `[active, V]` (and hidden states) after it."""
-        cache.begin_tick(lengths, longest)
-        mask = decode_mask(self.style, lengths, longest, self.autocast or self.model.dtype)
+        """A chunk of tokens `[active, chunk]` in each slot: logits `[active, chunk, V]` (and hidden
+        states) after each."""
+        chunk = tokens.shape[1]
+        cache.begin_tick(lengths, longest, chunk)
+        mask = decode_mask(self.style, lengths, longest, self.autocast or self.model.dtype, chunk)
         with hidden_states(self.model, hidden) as states:
             logits = self.model(
-                input_ids=tokens[:, None],
-                position_ids=lengths[:, None],
+                input_ids=tokens,
+                position_ids=lengths[:, None] + torch.arange(chunk, device=self.device),
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=chunk,
             ).logits
-        return logits[:, -1], states[0][:, -1] if hidden else None
+        return logits, states[0] if hidden else None
 
     def draw(self, logits: torch.Tensor, positions: torch.Tensor, law: Law) -> Drawn:
         """Draw with autocast off: the law is computed in float32 or wider."""

@@ -8,15 +8,16 @@ is tried too. A model that fails is refused with the reason and with what to use
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from reroll.engine.base import Finished
-from reroll.engine.local import LocalEngine
+from reroll.engine.local import LocalEngine, Speculation
 from reroll.errors import UserError
 from reroll.model.load import embeddings
-from reroll.types import Request, Sampling
+from reroll.types import Completion, Draft, Request, Sampling
 
 _LENGTHS = (3, 9, 6)
 _NEW = 8
@@ -52,22 +53,72 @@ def check_servable(
     return difference
 
 
-def _decode_and_compare(model: PreTrainedModel, slots: int, autocast: torch.dtype | None) -> float:
+def takes_trees(model: PreTrainedModel, autocast: torch.dtype | None = None) -> bool:
+    """Whether draft trees and ticks of several tokens give what plain forwards of the model give.
+
+    Greedy replies are offered back with wrong branches beside them; the tokens must come out again
+    with the log-probs of plain forwards.
+    """
+    try:
+        with _short_window(model):
+            return _trees_differ(model, autocast) <= _TOLERANCE[autocast or model.dtype]
+    except Exception:  # whatever it does wrong, it does not take trees
+        return False
+
+
+def _trees_differ(model: PreTrainedModel, autocast: torch.dtype | None) -> float:
     vocabulary = embeddings(model)[1].shape[0]
-    prompts = [[(7 * i + 3 * j + 1) % vocabulary for j in range(n)] for i, n in enumerate(_LENGTHS)]
-    capacity = max(_LENGTHS) + _NEW
-    engine = LocalEngine(model, slots=slots, capacity=capacity, autocast=autocast)
+    capacity, requests = max(_LENGTHS) + _NEW, _requests(vocabulary)
+    true = _finish(LocalEngine(model, slots=2, capacity=capacity, autocast=autocast), requests)
+    offered = []
+    for request, reply in zip(requests, true, strict=True):
+        ids = reply.token_ids
+        wrong = [[*ids[:at], (ids[at] + 1) % vocabulary, *ids[at:]] for at in (1, 3, 4)]
+        drafts = tuple(Draft(text) for text in [*wrong, ids[:5]])
+        offered.append(replace(request, drafts=drafts))
+    largest = 0.0
+    for window, slots in ((2, 2), (64, 3)):
+        speculation = Speculation(window=window, redraft=4, siblings=True)
+        engine = LocalEngine(
+            model, slots=slots, capacity=capacity, autocast=autocast, speculation=speculation
+        )
+        again = _finish(engine, offered)
+        pairs = [(r.prompt_ids, c.token_ids) for r, c in zip(requests, again, strict=True)]
+        scored = engine.score(pairs)
+        for reply, plain in zip(again, scored, strict=True):
+            difference = torch.tensor(reply.logprobs) - torch.tensor(plain)
+            largest = max(largest, difference.abs().max().item())
+    return largest
+
+
+def _requests(vocabulary: int) -> list[Request]:
+    """Short ragged prompts, greedy."""
     sampling = Sampling(max_tokens=_NEW, temperature=0.0)
-    for index, prompt in enumerate(prompts):
-        engine.submit(Request(index, tuple(prompt), key=0, sampling=sampling))
-    found = {}
-    while len(found) < len(prompts):
+    return [
+        Request(i, tuple((7 * i + 3 * j + 1) % vocabulary for j in range(n)), 0, sampling)
+        for i, n in enumerate(_LENGTHS)
+    ]
+
+
+def _finish(engine: LocalEngine, requests: list[Request]) -> list[Completion]:
+    for request in requests:
+        engine.submit(request)
+    found: dict[int, Completion] = {}
+    while len(found) < len(requests):
         for event in engine.step():
             assert isinstance(event, Finished)
             found[event.completion.request_id] = event.completion
-    scored = engine.score([(p, found[i].token_ids) for i, p in enumerate(prompts)])
-    decoded = [torch.tensor(found[i].logprobs, dtype=torch.float64) for i in range(len(prompts))]
-    plain = [torch.tensor(row, dtype=torch.float64) for row in scored]
+    return [found[request.id] for request in requests]
+
+
+def _decode_and_compare(model: PreTrainedModel, slots: int, autocast: torch.dtype | None) -> float:
+    requests = _requests(embeddings(model)[1].shape[0])
+    capacity = max(_LENGTHS) + _NEW
+    engine = LocalEngine(model, slots=slots, capacity=capacity, autocast=autocast)
+    found = _finish(engine, requests)
+    pairs = [(r.prompt_ids, c.token_ids) for r, c in zip(requests, found, strict=True)]
+    decoded = [torch.tensor(c.logprobs, dtype=torch.float64) for c in found]
+    plain = [torch.tensor(row, dtype=torch.float64) for row in engine.score(pairs)]
     return max((a - b).abs().max().item() for a, b in zip(decoded, plain, strict=True))
 
 

@@ -1,6 +1,6 @@
 """A request's private running state in the embedded engine: token lists, no tensors of its own.
 
-prompt | prefix + resumed | draft ...        before prefill: `given` tokens, then the draft
+prompt | prefix + resumed                    before prefill: `given` tokens, and drafts behind them
 prompt | completion so far        | last     after: `length` tokens have keys and values, the
                                              last drawn token has none until the next tick
 """
@@ -9,7 +9,11 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from reroll.types import Completion, Finish, Request
+import torch
+
+from reroll.engine.base import Probed
+from reroll.engine.redraft import Texts
+from reroll.types import Completion, Draft, Finish, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -20,49 +24,86 @@ class Sequence:
     completion: Completion
     given: int
     """prompt, prefix and resumed tokens: what is read before anything new is drawn"""
-    draft: tuple[int, ...]
+    texts: Texts
+    """what has been written for the same prompt and prefix, shared with its group"""
     length: int = 0
     """tokens whose keys and values are held"""
     source: Any = None
-    """(prefilled cache, row) that holds them while the sequence is ready"""
-    drawn_at_prefill: int = 0
-    reused_at_prefill: int = 0
-    """of these, taken over from the draft"""
+    """(prefilled cache, row, columns of its tokens) that holds them while the sequence is ready"""
+    text: int = -1
+    """which text of its row's tree is its own draft (under lenience)"""
     finished: bool = False
-    _tokens: tuple[int, ...] = field(default=())
+    _given: tuple[int, ...] = field(default=())
 
     @classmethod
-    def start(cls, request: Request) -> Self:
+    def start(cls, request: Request, texts: Texts) -> Self:
         """A sequence that has drawn nothing yet, or goes on from `request.partial`."""
         completion = _resume(request)
-        done = len(completion.token_ids) - len(request.prefix_ids)
-        draft = request.draft.token_ids if request.draft else ()
-        # at most limit - 1 tokens of a draft help: after them, the last one is drawn anyway
-        draft = draft[done : request.sampling.max_tokens - 1]
-        if request.partial and request.draft:
-            drawn = tuple(completion.token_ids[len(request.prefix_ids) :])
-            draft = draft if request.draft.token_ids[:done] == drawn else ()
         tokens = (*request.prompt_ids, *completion.token_ids)
-        return cls(request, completion, len(tokens), draft, _tokens=(*tokens, *draft))
+        return cls(request, completion, len(tokens), texts, _given=tokens)
 
-    def tokens_to_prefill(self) -> tuple[int, ...]:
-        """Everything to run through the model: what is given, then the draft."""
-        return self._tokens
+    @property
+    def done(self) -> int:
+        """Completion tokens after the prefix."""
+        return len(self.completion.token_ids) - len(self.request.prefix_ids)
 
-    def take_verified(
-        self, tokens: list[int], logprobs: list[float], behaviour: list[float], version: int
+    def given_tokens(self) -> tuple[int, ...]:
+        """Prompt, prefix and resumed tokens."""
+        return self._given
+
+    def drafts(self) -> tuple[Draft, ...]:
+        """Guesses of the whole completion: the request's, and its finished siblings."""
+        return self.request.drafts if self.request.lenience else self.texts.drafts
+
+    def rest_of(self, draft: Draft) -> list[int]:
+        """What a draft says comes next, up to its end of text; empty if it began otherwise.
+
+        At most limit - 1 tokens help: after them, the last one is drawn anyway.
+        """
+        drawn = self.completion.token_ids[len(self.request.prefix_ids) :]
+        tokens = list(draft.token_ids[: self.request.sampling.max_tokens - 1])
+        if tokens[: len(drawn)] != drawn:
+            return []
+        ends = [tokens.index(i) for i in self.request.sampling.stop_ids if i in tokens]
+        return tokens[len(drawn) : min(ends, default=len(tokens))]
+
+    def guessed(self) -> list[int]:
+        """The next tokens of its own draft, its end of text included, up to the limit."""
+        tokens = list(self.request.drafts[0].token_ids[: self.request.sampling.max_tokens])
+        before = self.rest_of(self.request.drafts[0])
+        return tokens[self.done : self.done + len(before) + 1] if before or not self.done else []
+
+    def take_walked(
+        self,
+        tokens: list[int],
+        logprobs: list[float],
+        behaviour: list[float],
+        version: int,
+        accepted: int,
     ) -> None:
-        """Take the accepted draft tokens and the one drawn after them, up to a stop id."""
-        self.completion.drafted += len(self.draft)
-        before = len(self.completion.token_ids)
+        """Take tokens drawn along a draft tree; the first `accepted` of them stood in it."""
+        before = self.done
         for token, logprob, behaviour_logprob in zip(tokens, logprobs, behaviour, strict=True):
             self.take(token, logprob, behaviour_logprob, version)
             if self.finished:
                 break
-        self.drawn_at_prefill = len(self.completion.token_ids) - before
-        self.reused_at_prefill = min(self.drawn_at_prefill, len(tokens) - 1)
-        self.completion.accepted += self.reused_at_prefill
-        self.length = self.given + self.drawn_at_prefill - 1
+        taken = min(self.done - before, accepted)
+        self.completion.accepted += taken
+        self.completion.walked += taken
+        self.length = len(self.request.prompt_ids) + len(self.completion.token_ids) - 1
+
+    def take_kept(self, count: int, logprobs: list[float], version: int) -> None:
+        """Take the first tokens of its own draft under lenience, with these log-probs of now."""
+        draft, rule, start = self.request.drafts[0], self.request.lenience, self.done
+        assert rule is not None
+        for token, logprob in zip(self.guessed()[:count], logprobs, strict=True):
+            at = self.done
+            writer = rule.keep_writer
+            logprob = float(draft.logprobs[at]) if writer else logprob
+            self.take(token, logprob, logprob, int(draft.versions[at]) if writer else version)
+        self.completion.accepted += self.done - start
+        self.completion.walked += self.done - start
+        self.length = len(self.request.prompt_ids) + len(self.completion.token_ids) - 1
 
     def take(self, token: int, logprob: float, behaviour_logprob: float, version: int) -> None:
         """Append one drawn token; set `finished` at a stop id or the limit."""
@@ -78,6 +119,24 @@ class Sequence:
             completion.finish, self.finished = Finish.STOP, True
         elif len(completion.token_ids) - len(self.request.prefix_ids) >= sampling.max_tokens:
             completion.finish, self.finished = Finish.LENGTH, True
+
+    def probes(self, states: torch.Tensor, begin: int, drawn: int) -> list[Probed]:
+        """Probe events among the forwards that drew tokens begin, ..., begin + drawn - 1.
+
+        states: `[drawn, H]`, that from which each of them was drawn, that is, after reading as
+        many completion tokens as stand before it.
+        """
+        return [
+            Probed(self.request.id, position, states[position - begin].clone())
+            for position in self.request.probe_at
+            if begin <= position < begin + drawn
+        ]
+
+    def expected_left(self) -> float:
+        """Tokens still to come, by the mean length of earlier texts; unknown: up to the limit."""
+        sampling = self.request.sampling
+        mean = self.texts.mean_length()
+        return (sampling.max_tokens if mean is None else mean) - self.done
 
     def abort(self, reason: str) -> Completion:
         """What it has so far, marked as aborted."""

@@ -4,13 +4,14 @@ A `transformers` Cache that an unmodified model updates while it decodes. Runnin
 packed in slots 0..active-1, so attention reads a view of the first `active` slots up to the
 longest length in use: no gather, no copy. Who writes what:
 
-    [0, length)          written: by `load` (prefilled rows) and then one token a tick by `update`
-    [length, longest)    stale: other sequences' longer slots; hidden by the mask
+    [0, length)          written: by `load` (prefilled rows) and then by `update`, tick by tick
+    [length, longest)    stale: other sequences' longer slots, refused drafts; hidden by the mask
     [longest, capacity)  not read this tick
 """
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
@@ -52,11 +53,13 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one token a row (`[active, heads, 1, width]`); return views up to `longest`."""
+        """Write a tick's tokens (`[active, heads, chunk, width]`); return views up to `longest`."""
         active = len(self.rows)
         # under autocast values come narrower than what a prefilled cache promoted them to
-        self.keys[self.rows, :, self.write_at] = key_states[:, :, 0].to(self.keys.dtype)
-        self.values[self.rows, :, self.write_at] = value_states[:, :, 0].to(self.values.dtype)
+        self.keys[self.rows, :, self.write_at] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.write_at] = value_states.transpose(1, 2).to(
+            self.values.dtype
+        )
         return self.keys[:active, :, : self.longest], self.values[:active, :, : self.longest]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -65,7 +68,7 @@ class SlotLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens before this tick's, in the longest slot (models ask; positions are explicit)."""
-        return self.longest - 1
+        return self.longest - self.write_at.shape[1]
 
     def get_max_length(self) -> int:
         """Tokens a slot can hold."""
@@ -83,17 +86,29 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(shape, slots, capacity, device) for shape in shapes])
         self.slots, self.capacity = slots, capacity
 
-    def begin_tick(self, lengths: torch.Tensor, longest: int) -> None:
-        """This tick writes token `lengths[i]` of slot i, for the first `len(lengths)` slots."""
-        rows = torch.arange(len(lengths), device=lengths.device)
+    def begin_tick(self, lengths: torch.Tensor, longest: int, chunk: int = 1) -> None:
+        """This tick writes token `lengths[i]` and the `chunk - 1` after it of slot i, for the
+        first `len(lengths)` slots."""
+        rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        write_at = lengths[:, None] + torch.arange(chunk, device=lengths.device)
         for layer in self.layers:
-            layer.rows, layer.write_at, layer.longest = rows, lengths, longest
+            layer.rows, layer.write_at, layer.longest = rows, write_at, longest
 
-    def load(self, slots: list[int], source: DynamicCache, row: int, length: int) -> None:
-        """Copy the first `length` tokens of a prefilled row into each of `slots`."""
+    def load(
+        self, slot: int, source: DynamicCache, rows: list[int], columns: list[np.ndarray]
+    ) -> None:
+        """Copy what stands in these rows of a prefilled cache at these columns (one array a row)
+        into the slots from `slot` on."""
+        longest = max(map(len, columns))
+        padded = np.zeros((len(rows), longest), np.int64)  # what is copied for a pad is stale
+        for index, own in enumerate(columns):
+            padded[index, : len(own)] = own
+        device = self.layers[0].keys.device
+        row = torch.tensor(rows, device=device)[:, None]
+        column, last = torch.from_numpy(padded).to(device), slot + len(rows)
         for layer, prefilled in zip(self.layers, list[Any](source.layers), strict=True):
-            layer.keys[slots, :, :length] = prefilled.keys[row, :, :length]
-            layer.values[slots, :, :length] = prefilled.values[row, :, :length]
+            layer.keys[slot:last, :, :longest] = prefilled.keys[row, :, column].transpose(1, 2)
+            layer.values[slot:last, :, :longest] = prefilled.values[row, :, column].transpose(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a slot, to keep running sequences packed at the front."""

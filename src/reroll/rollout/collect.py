@@ -15,11 +15,16 @@ from dataclasses import dataclass
 from reroll.algo.noise import make_key
 from reroll.engine.base import Engine, Finished
 from reroll.errors import UserError
+from reroll.rollout.decisions import Decisions, Start
 from reroll.tasks.pool import Grade, GradeJob, GraderPool
 from reroll.types import Finish, Group, Prompt, Purpose, Request, Rollout, Sampling
 
 Progress = Callable[[int, int], None]
 """called with (rollouts finished, rollouts in all) after each tick that finished some"""
+
+
+NOTHING = Decisions()
+"""no technique decides anything"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +64,12 @@ def collect(
     visits: Sequence[int],
     spec: CollectSpec,
     progress: Progress | None = None,
+    decisions: Decisions = NOTHING,
 ) -> Collected:
     """Sample, grade and group `spec.samples` rollouts of each prompt.
 
     visits: how often each prompt had been started before, for this purpose; part of the key.
-    decode: token ids to text, special tokens left out.
+    decode: token ids to text, special tokens left out. decisions: of the techniques.
     Ungraded rollouts are counted; `check_failures` says when there are too many.
     """
     assert not graders.pending, "the graders still work for another collect"
@@ -71,13 +77,12 @@ def collect(
     waiting: dict[int, Rollout] = {}
     try:
         for group, visit in zip(groups, visits, strict=True):
-            for sample in range(spec.samples):
-                request_id = len(waiting)
-                key = make_key(spec.seed, spec.purpose, group.prompt.row, sample, visit)
-                request = Request(request_id, group.prompt.token_ids, key, spec.sampling)
+            starts = decisions.start(group.prompt, visit, spec.samples)
+            for sample, start in enumerate(starts):
+                request = _request(group.prompt, sample, start, spec, len(waiting))
                 engine.submit(request)
-                rollout = Rollout(group.prompt, sample, visit)
-                waiting[request_id] = rollout
+                rollout = Rollout(group.prompt, sample, visit, key_visit=start.key_visit)
+                waiting[request.id] = rollout
                 group.rollouts.append(rollout)
         by_id = dict(waiting)
         while waiting:
@@ -86,7 +91,11 @@ def collect(
                 if isinstance(event, Finished):
                     rollout = waiting.pop(event.completion.request_id)
                     rollout.completion = event.completion
-                    graders.submit(_job(rollout, event.completion.request_id, decode, spec))
+                    job = _job(rollout, event.completion.request_id, decode, spec)
+                    if (known := decisions.grade(rollout)) is None:
+                        graders.submit(job)
+                    else:
+                        rollout.reward, rollout.rewards = known
             _take_grades(graders.poll(), by_id)
             if progress is not None and len(waiting) != before:
                 progress(len(by_id) - len(waiting), len(by_id))
@@ -97,6 +106,20 @@ def collect(
         engine.abort(None, "collect interrupted")
         raise
     return _finish(groups, spec)
+
+
+def _request(
+    prompt: Prompt, sample: int, start: Start, spec: CollectSpec, request_id: int
+) -> Request:
+    key = make_key(spec.seed, spec.purpose, prompt.row, sample, start.key_visit)
+    return Request(
+        request_id,
+        prompt.token_ids,
+        key,
+        spec.sampling,
+        drafts=start.drafts,
+        lenience=start.lenience,
+    )
 
 
 def _job(

@@ -4,7 +4,9 @@ A grader maps (prompt, completion, answer, columns) to a reward. Resolving a nam
 needs, so it happens in the grader processes; no torch and no transformers here.
 """
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import numbers
@@ -12,8 +14,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,40 @@ def graders_of(config: TaskSection) -> list[GraderSpec]:
 def check_graders(specs: list[GraderSpec], config: TaskSection) -> dict[str, Grader]:
     """Every grader by its name, ready to run; raises UserError for one that does not resolve."""
     return {spec.name: resolve(spec, config) for spec in specs}
+
+
+def grader_digest(specs: list[GraderSpec], config: TaskSection) -> str:
+    """Names what would grade: a text graded under the same digest need not be graded again.
+
+    Covers names, weights, answer pattern, versions of the libraries, and the source file of a
+    user's grader, though not what that imports. Empty, which equals nothing, if it is not found.
+    """
+    parts = [config.source, config.name, config.answer_pattern]
+    for spec in specs:
+        parts += [spec.name, repr(spec.weight)]
+        if ":" not in spec.name:
+            package = {"task": "reasoning-gym", "math": "math-verify"}[spec.name]
+            parts.append(version(package))
+            continue
+        with _own_folder():
+            try:
+                found = importlib.util.find_spec(spec.name.partition(":")[0])
+            except (ImportError, ValueError):
+                found = None
+        if found is None or found.origin is None or not Path(found.origin).is_file():
+            return ""
+        parts.append(hashlib.sha256(Path(found.origin).read_bytes()).hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    """Look for modules beside where the run was started, too."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def resolve(spec: GraderSpec, config: TaskSection) -> Grader:

@@ -1,0 +1,552 @@
+"""Reuse of old rollouts: what it saves, and what it does to the reward of fresh samples.
+
+One prompt set, several epochs of GRPO-like training (Dr. GRPO, one optimizer step a batch). Arms:
+
+    off            plain decoding
+    fresh          a tree of the prompt's old rollouts, new noise each epoch      (lossless)
+    redraft        the same, finished siblings, and re-drafting after the tree    (lossless)
+    held           the noise of the epoch before, never redrawn                   (lossless)
+    refresh        held, a quarter of the keys redrawn each epoch                 (lossless)
+    lenient1       SPEC-RL's acceptance at lenience 1
+    lenient        SPEC-RL's acceptance at lenience e^0.5, as published
+
+The first three write the same tokens by construction, so they share one training run: at every
+step each of them collects the same batch, in turn, at 32 and at 64 slots by turns, the tokens are
+compared, and the policy is trained once. (In the first epoch `fresh` has nothing to reuse and is
+left out.) The others train runs of their own on the same prompts in the same order. In every
+step each problem is also sampled afresh (`FRESH` samples, keys that nothing else uses, same
+weights): `gap` is the mean reward of the rollouts trained on minus that of the fresh.
+
+Policies: `careful` (one style, low entropy), `demo` (three styles, of which training picks one),
+`wordy` (replies over five times as long and of higher entropy; first three arms only). Figures are
+of epochs 2 and later unless said. Intervals: 95 %, Student's t over seeds for ratios, normal over
+(seed, problem) for differences of rewards.
+
+    python -m bench.reuse [--quick] [--fresh]
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from transformers.utils import logging
+
+from bench.common import Parts, arguments, commit, table
+from reroll.config import Config, load_config
+from reroll.engine.base import Stats
+from reroll.engine.local import LocalEngine, Speculation
+from reroll.evaluate import evaluate
+from reroll.order import stream
+from reroll.rollout.collect import Collected, CollectSpec, collect
+from reroll.rollout.decisions import Decisions
+from reroll.rollout.reuse import Reuse
+from reroll.rundir import RunDir
+from reroll.setup import Parts as RunParts
+from reroll.setup import open_reuse, prepare
+from reroll.types import Group, Purpose
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+POLICIES = Path(__file__).parent / "policies"
+FRESH = 4
+SEEDS = (0, 1, 2)
+COMMIT = commit()
+"""of the code that measures; a long run may end under a later one"""
+SLOTS = (32, 64)
+T_95 = {2: 12.706, 3: 4.303}
+LOSSY = {
+    "held": {"reuse.rule": "held", "reuse.refresh": "0", "reuse.max_age": "99"},
+    "refresh": {"reuse.rule": "held"},
+    "lenient1": {"reuse.rule": "lenient", "reuse.lenience": "1"},
+    "lenient": {"reuse.rule": "lenient"},
+}
+"""arms with a training run of their own"""
+VARIANTS = {
+    "off": Speculation(),
+    "fresh": Speculation(choose=True),
+    "redraft": Speculation(choose=True, redraft=8, siblings=True),
+}
+"""arms that share a training run"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A policy and how it is trained."""
+
+    policy: str
+    prompts: int = 240
+    batch: int = 48
+    epochs: int = 6
+    rate: str = "5e-5"
+    terms: tuple[int, int] = (4, 7)
+    max_tokens: int = 160
+    held_out: int = 128
+    threads: int = 1
+
+
+SETTINGS = {
+    "careful": Setting("careful"),
+    "demo": Setting("demo", rate="2e-4", terms=(5, 9)),
+    "wordy": Setting(
+        "wordy", prompts=48, batch=24, epochs=4, terms=(7, 9), max_tokens=640, held_out=32
+    ),
+}
+QUICK = {
+    "careful": Setting("demo", 4, 2, 2, "5e-5", (2, 3), 64, 4),
+    "demo": Setting("demo", 4, 2, 2, "2e-4", (2, 3), 64, 4),
+}
+
+
+def policy_path(name: str) -> str:
+    """The policy's folder; built by its recipe when it is not there."""
+    if name == "demo":
+        return name
+    folder = POLICIES / name
+    if not (folder / "README.md").exists():
+        sys.path.insert(0, str(RECIPES))
+        import reuse_policies
+
+        print(f"building the policy {name} (minutes)", flush=True)
+        reuse_policies.build(name, folder)
+    return str(folder)
+
+
+def configure(setting: Setting, seed: int, out: str, extra: dict[str, str]) -> Config:
+    """The run's configuration."""
+    demo = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"
+    steps = setting.prompts // setting.batch * setting.epochs
+    low, high = setting.terms
+    return load_config(
+        demo,
+        {
+            "run.out": out,
+            "run.seed": str(seed),
+            "run.threads": str(setting.threads),
+            "model.path": policy_path(setting.policy),
+            "task.params": f"{{min_terms={low},max_terms={high},min_digits=2,max_digits=2}}",
+            "task.train_size": str(setting.prompts),
+            "task.eval_size": str(setting.held_out),
+            "rollout.prompts": str(setting.batch),
+            "rollout.max_tokens": str(setting.max_tokens),
+            "train.steps": str(steps),
+            "train.learning_rate": setting.rate,
+            "train.warmup": "0",
+            "eval.samples": "4",
+            "eval.greedy": "false",
+            "reuse.on": "true",
+            "log.display": "off",
+            **extra,
+        },
+    )
+
+
+@contextmanager
+def opened(
+    setting: Setting, seed: int, extra: dict[str, str]
+) -> Iterator[tuple[Config, RunParts, Reuse]]:
+    """A run's parts, in a folder that goes away."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = configure(setting, seed, f"{folder}/run", extra)
+        run = RunDir(config.run.out)
+        run.open(config)
+        with prepare(config, run, None) as parts, open_reuse(config, run, None) as reuse:
+            assert reuse is not None
+            yield config, parts, reuse
+
+
+def engines_of(parts: RunParts, speculations: dict[str, Speculation]) -> dict[str, LocalEngine]:
+    """An engine for each arm and number of slots, on the one module, with one table of costs."""
+    capacity = parts.engine.capacity
+    return {
+        f"{arm}/{slots}": LocalEngine(
+            parts.model,
+            slots=slots,
+            capacity=capacity,
+            speculation=speculation,
+            costs=parts.engine.costs,
+        )
+        for arm, speculation in speculations.items()
+        for slots in SLOTS
+    }
+
+
+@dataclass
+class Run:
+    """One training run: its parts, engines and place."""
+
+    config: Config
+    parts: RunParts
+    reuse: Reuse
+    engines: dict[str, LocalEngine]
+    spec: CollectSpec
+
+    @property
+    def reference(self) -> str:
+        """The engine that samples afresh and evaluates."""
+        return next(n for n in self.engines if n.endswith("/64") and not n.startswith("off"))
+
+    def turn(self, step: int, first_epoch: bool) -> list[str]:
+        """The engines that collect at this step; who comes first changes from step to step."""
+        slots = SLOTS[step % len(SLOTS)]
+        names = [n for n in self.engines if n.endswith(f"/{slots}")]
+        if first_epoch:
+            names = [n for n in names if not n.startswith("fresh")]
+        first = step // len(SLOTS) % len(names)
+        return names[first:] + names[:first]
+
+    def collect(self, name: str, prompts: list, visits: list, audit: bool = False) -> Collected:
+        """One collect of an arm's engine; audits are lossless on trees, whatever the arm."""
+        spec = self.spec
+        start: Callable[..., Any] = self.reuse.start
+        if audit:
+            spec, start = (
+                replace(spec, purpose=Purpose.AUDIT, samples=FRESH),
+                self.reuse.start_fresh,
+            )
+        decisions = Decisions() if name.startswith("off") and not audit else Decisions(start)
+        parts = self.parts
+        return collect(
+            self.engines[name], parts.graders, parts.decode, prompts, visits, spec, None, decisions
+        )
+
+
+def train_run(setting: Setting, seed: int, arm: str) -> dict[str, Any]:
+    """One training run of an arm (or of the arms that share one); figures of each epoch."""
+    extra = LOSSY.get(arm, {})
+    speculations = VARIANTS if arm == "shared" else {arm: Speculation()}
+    with opened(setting, seed, extra) as (config, parts, reuse):
+        spec = CollectSpec(
+            Purpose.TRAIN,
+            seed,
+            config.rollout.samples,
+            replace(parts.sampling, temperature=config.rollout.temperature),
+        )
+        run = Run(config, parts, reuse, engines_of(parts, speculations), spec)
+        held_out = [held_out_reward(run)]
+        epochs: list[dict[str, Any]] = []
+        problems: dict[int, list[float]] = {}
+        history: dict[int, list[list[list[int]]]] = {}
+        per_epoch = setting.prompts // setting.batch
+        for step in range(per_epoch * setting.epochs):
+            if step % per_epoch == 0:
+                epochs.append({"variants": {}, "steps": []})
+            epochs[-1]["steps"].append(one_step(run, step, setting, epochs, problems, history))
+            if (step + 1) % per_epoch == 0:
+                held_out.append(held_out_reward(run))
+        return {
+            "commit": COMMIT,
+            "epochs": epochs,
+            "held_out": held_out,
+            "problems": {str(row): gaps for row, gaps in problems.items()},
+        }
+
+
+def one_step(
+    run: Run,
+    step: int,
+    setting: Setting,
+    epochs: list[dict[str, Any]],
+    problems: dict[int, list[float]],
+    history: dict[int, list[list[list[int]]]],
+) -> dict[str, Any]:
+    """Collect with every engine, compare the tokens, sample afresh, train once."""
+    parts, reuse, trainer = run.parts, run.reuse, run.parts.trainer
+    seed = run.config.run.seed
+    prompts, visits = stream(step * setting.batch, setting.batch, parts.task.train, seed)
+    collected: dict[str, list[Group]] = {}
+    for name in run.turn(step, len(epochs) == 1):
+        before, started = deepcopy(run.engines[name].stats()), time.perf_counter()
+        collected[name] = run.collect(name, prompts, visits).groups
+        seconds = time.perf_counter() - started
+        sums = epochs[-1]["variants"].setdefault(name, {})
+        add(sums, before, run.engines[name].stats(), seconds)
+    # any of the lossless arms, but the figures should be those of one that reuses
+    groups = next(g for name, g in sorted(collected.items()) if not name.startswith("off"))
+    figures = reuse.metrics(groups, trainer.version)
+    fresh = run.collect(run.reference, prompts, visits, audit=True).groups
+    for group, again in zip(groups, fresh, strict=True):
+        if epochs[1:]:
+            problems.setdefault(group.prompt.row, []).append(mean_of(group) - mean_of(again))
+    shares = follow_shares(groups, history)
+    started = time.perf_counter()
+    credited, _ = trainer.credit(groups)
+    trainer.step(credited)
+    trainer.take_work()
+    train_seconds = time.perf_counter() - started
+    live = {id(c.rollout) for group in credited for c in group if c.advantages.any()}
+    reuse.remember(groups, step + 1, trainer.version, live)
+    for engine in run.engines.values():
+        engine.load_weights(trainer.version)
+    completions = [r.completion for group in groups for r in group.rollouts]
+    tokens = sum(len(c.token_ids) for c in completions)
+    return {
+        "reward_trained_on": fmean(map(mean_of, groups)),
+        "reward_fresh": fmean(map(mean_of, fresh)),
+        "train_seconds": train_seconds,
+        "mismatches": sum(different(groups, other) for other in collected.values()),
+        "compared": len(completions) * (len(collected) - 1),
+        "entropy": -sum(sum(c.logprobs) for c in completions) / tokens,
+        "length": tokens / len(completions),
+        **{k: figures[k] for k in ("accept_prefix", "full_reuse", "duplicates", "reuse_age")},
+        **shares,
+    }
+
+
+def add(sums: dict[str, float], before: Stats, after: Stats, seconds: float) -> None:
+    """Add up what one collect cost."""
+    names = ("ticks", "tokens_decoded", "tokens_verified", "tokens_redrafted", "tokens_reused",
+             "tokens_drawn", "nodes_offered")  # fmt: skip
+    found = {name: getattr(after, name) - getattr(before, name) for name in names}
+    found |= {f"seconds_{k}": after.seconds[k] - before.seconds[k] for k in before.seconds}
+    for name, value in (found | {"seconds": seconds}).items():
+        sums[name] = sums.get(name, 0) + value
+
+
+def mean_of(group: Group) -> float:
+    """Mean reward of a group."""
+    return fmean(r.reward or 0.0 for r in group.rollouts)
+
+
+def different(groups: list[Group], other: list[Group]) -> int:
+    """Rollouts whose tokens are not the same."""
+    pairs = (
+        (a.completion.token_ids, b.completion.token_ids)
+        for one, two in zip(groups, other, strict=True)
+        for a, b in zip(one.rollouts, two.rollouts, strict=True)
+    )
+    return sum(a != b for a, b in pairs)
+
+
+def held_out_reward(run: Run) -> float:
+    """Mean held-out reward at temperature 1, the same keys at every evaluation."""
+    parts = run.parts
+    return evaluate(
+        run.engines[run.reference],
+        parts.graders,
+        parts.decode,
+        parts.extract,
+        parts.task.held_out,
+        run.config.eval,
+        seed=run.config.run.seed,
+        step=0,
+        sampling=parts.sampling,
+    )["reward"]
+
+
+WINDOWS = {
+    "own": [1], "last": [1], "last2": [1, 2], "last4": [1, 2, 3, 4],
+    "age2": [2], "age3": [3], "age4": [4], "age5": [5],
+}  # fmt: skip
+"""which epochs back make the tree; "own": the sample's own rollout alone"""
+
+
+def follow_shares(
+    groups: list[Group], history: dict[int, list[list[list[int]]]]
+) -> dict[str, float | None]:
+    """Share of the new tokens that lie on the tree of some old rollouts, whatever was verified."""
+    found = dict.fromkeys(WINDOWS, 0)
+    total, epoch = 0, 0
+    for group in groups:
+        past = history.setdefault(group.prompt.row, [])
+        epoch = len(past)
+        texts = [r.completion.token_ids for r in group.rollouts]
+        for name, back in WINDOWS.items():
+            olds = [past[-k] for k in back if k <= epoch]
+            for sample, text in enumerate(texts):
+                drafts = [t for old in olds for t in ([old[sample]] if name == "own" else old)]
+                found[name] += max((shared_prefix(text, draft) for draft in drafts), default=0)
+        total += sum(map(len, texts))
+        past.append(texts)
+    enough = {name: epoch >= max(back) for name, back in WINDOWS.items()}
+    return {f"on_{name}": found[name] / total if enough[name] else None for name in WINDOWS}
+
+
+def shared_prefix(one: list[int], other: list[int]) -> int:
+    """Tokens that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def later(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Epochs 2 and on."""
+    return measured["epochs"][1:]
+
+
+def total(measured: dict[str, Any], variant: str, key: str) -> float:
+    """Sum over epochs 2 and on of a figure of an arm, at some slots ("fresh/64") or all."""
+    return sum(
+        sums[key]
+        for epoch in later(measured)
+        for name, sums in epoch["variants"].items()
+        if name == variant or name.split("/")[0] == variant
+    )
+
+
+def mean_step(epoch: dict[str, Any], key: str) -> float:
+    """Mean over an epoch's steps."""
+    return fmean(step[key] for step in epoch["steps"])
+
+
+def by_seeds(values: list[float]) -> tuple[float, list[float] | None]:
+    """(mean, Student's t interval over seeds; None with one seed)."""
+    if len(values) < 2:
+        return fmean(values), None
+    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
+    return fmean(values), [fmean(values) - half, fmean(values) + half]
+
+
+def by_problems(runs: list[dict[str, Any]]) -> tuple[float, list[float] | None]:
+    """(mean gap, normal interval over (seed, problem), each the mean of its epochs)."""
+    gaps = [fmean(values) for one in runs for values in one["problems"].values()]
+    if len(gaps) < 2:
+        return fmean(gaps), None
+    half = 1.96 * stdev(gaps) / len(gaps) ** 0.5
+    return fmean(gaps), [fmean(gaps) - half, fmean(gaps) + half]
+
+
+RATIOS = {
+    **{
+        f"{name}_ratio_{arm}": (arm, figure)
+        for name, figure in (("decoded", "tokens_decoded"), ("ticks", "ticks"))
+        for arm in ("fresh", "redraft")
+    },
+    **{
+        f"rollout_speedup_{arm}_{slots}slots": (f"{arm}/{slots}", "seconds")
+        for arm in ("fresh", "redraft")
+        for slots in SLOTS
+    },
+}
+"""key -> (variant, figure): the plain variant's sum over the variant's"""
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, Any]:
+    """The last line's keys of one policy."""
+    found: dict[str, tuple[float, list[float] | None] | None] = {}
+    for key, (variant, figure) in RATIOS.items():
+        plain = variant.replace(variant.split("/")[0], "off")
+        found[key] = by_seeds(
+            [total(m, plain, figure) / total(m, variant, figure) for m in runs["shared"]]
+        )
+    for arm in LOSSY:
+        values = [
+            total(plain, "off", "tokens_decoded") / max(1, total(own, arm, "tokens_decoded"))
+            for plain, own in zip(runs["shared"], runs.get(arm, []), strict=False)
+        ]
+        found[f"decoded_ratio_{arm}"] = by_seeds(values) if values else None
+        found[f"gap_{arm}"] = by_problems(runs[arm]) if arm in runs else None
+        found[f"heldout_diff_{arm}"] = (
+            by_seeds(
+                [
+                    own["held_out"][-1] - plain["held_out"][-1]
+                    for plain, own in zip(runs["shared"], runs[arm], strict=False)
+                ]
+            )
+            if arm in runs
+            else None
+        )
+    found["gap_fresh"] = by_problems(runs["shared"])
+    mismatches = sum(
+        s["mismatches"] for m in runs["shared"] for e in m["epochs"] for s in e["steps"]
+    )
+    same = (0.0, [0.0, 0.0]) if mismatches == 0 else None  # identical tokens, identical training
+    found |= {"fresh_reward_diff_fresh": same, "heldout_diff_fresh": same}
+    summary: dict[str, Any] = {}
+    for key, value in found.items():
+        summary[f"{key}{suffix}"] = None if value is None else round(value[0], 4)
+        interval = None if value is None or value[1] is None else [round(x, 4) for x in value[1]]
+        summary[f"{key}{suffix}_ci"] = interval
+    compared = sum(s["compared"] for m in runs["shared"] for e in m["epochs"] for s in e["steps"])
+    return summary | {f"mismatches{suffix}": mismatches, f"compared{suffix}": compared}
+
+
+def show(policy: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The tables of one policy: what the arms cost, then rewards by epoch and arm."""
+    rows = []
+    for arm, measured in runs.items():
+        steps = [s for m in measured for e in later(m) for s in e["steps"]]
+        train = sum(s["train_seconds"] for s in steps) / len(measured)
+        for name in VARIANTS if arm == "shared" else (arm,):
+            counts = [
+                f"{fmean(total(m, name, key) for m in measured):,.0f}"
+                for key in ("tokens_decoded", "tokens_verified", "ticks")
+            ]
+            kept = [f"{fmean(s[k] for s in steps):.2f}" for k in ("accept_prefix", "full_reuse")]
+            kept = ["-", "-"] if name == "off" else kept
+            duplicates = f"{fmean(s['duplicates'] for s in steps):.2f}"
+            seconds = [
+                # each number of slots has half of the steps
+                2 * fmean(total(m, f"{name}/{slots}", "seconds") for m in measured)
+                for slots in SLOTS
+            ]
+            both = [f"{x:.0f} / {x + train:.0f}" for x in seconds]
+            rows.append((name, *counts, *kept, duplicates, *both))
+    columns = ("", "decoded", "verified", "ticks", "kept", "whole", "dupl.", "s at 32", "s at 64")
+    title = f"{policy}: epochs 2 and later, mean over {len(runs['shared'])} seeds"
+    table(f"{title}; s: rollouts / with training", columns, rows)
+    rows = []
+    for arm, measured in runs.items():
+        reusing = "redraft" if arm == "shared" else arm
+        for index in range(len(measured[0]["epochs"])):
+            epochs = [m["epochs"][index] for m in measured]
+            decoded = [
+                sums["tokens_decoded"] / sums["tokens_drawn"]
+                for epoch in epochs
+                for name, sums in epoch["variants"].items()
+                if name.startswith(f"{reusing}/")
+            ]
+            rewards = [
+                fmean(mean_step(e, key) for e in epochs)
+                for key in ("reward_trained_on", "reward_fresh")
+            ]
+            rewards.append(fmean(m["held_out"][index + 1] for m in measured))
+            shown = [f"{x:.3f}" for x in (*rewards, rewards[0] - rewards[1])]
+            rows.append((arm if index == 0 else "", index + 1, f"{fmean(decoded):.2f}", *shown))
+    before = fmean(m["held_out"][0] for m in runs["shared"])
+    title = f"{policy}: rewards; held-out before {before:.3f}; shared: off, fresh and redraft"
+    table(title, ("arm", "epoch", "decoded", "trained on", "fresh", "held-out", "gap"), rows)
+
+
+def main() -> None:
+    args = arguments(__doc__.split("\n")[0], policy="measure this policy alone, for later")
+    logging.disable_progress_bar()
+    parts = Parts("reuse", args)
+    settings = QUICK if args.quick else SETTINGS
+    seeds = SEEDS[:1] if args.quick else SEEDS
+    detail: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for policy, setting in settings.items():
+        arms = ["shared", *(LOSSY if policy != "wordy" else ())]
+        if args.quick:
+            arms = ["shared", "lenient"] if policy == "careful" else ["shared"]
+        if args.policy not in ("", policy):
+            continue
+        for seed in seeds[:1] if policy == "wordy" else seeds:
+            for arm in arms:
+                started = time.perf_counter()
+                measured = parts.measure(
+                    f"{policy}/{arm}/{seed}",
+                    lambda s=setting, k=seed, a=arm: train_run(s, k, a),
+                )
+                detail.setdefault(policy, {}).setdefault(arm, []).append(measured)
+                before, *_, after = measured["held_out"]
+                took = f"{policy} {arm:9} seed {seed}  {time.perf_counter() - started:5.0f} s"
+                print(f"{took}  held-out {before:.3f} -> {after:.3f}", flush=True)
+    summary: dict[str, Any] = {}
+    if args.policy:
+        return
+    for policy, runs in detail.items():
+        show(policy, runs)
+        summary |= summarise(runs, {"careful": "", "demo": "_demo", "wordy": "_wordy"}[policy])
+    if args.quick:
+        summary |= {key.replace("_demo", "_wordy"): None for key in list(summary) if "_demo" in key}
+    parts.finish("reuse", summary, seeds, detail)
+
+
+if __name__ == "__main__":
+    main()

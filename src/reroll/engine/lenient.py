@@ -1,0 +1,82 @@
+"""SPEC-RL's acceptance: each lenient sample keeps the beginning of its own old rollout.
+
+The draft's path in the row's tree has been run; its tokens are kept by `algo.accept.lenient` (or
+the ablations), the end of text among them, and the next token is drawn plainly. The sampled law is
+then no longer the policy's (docs/techniques/reuse.md); that is the paper's rule, for comparison.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from reroll.algo.accept import lenient, random_cut
+from reroll.algo.noise import uniform
+from reroll.algo.sample import pick
+from reroll.engine.walk import Walk
+
+
+def accept_lenient(walk: Walk, logits: torch.Tensor) -> None:
+    """Let the lenient samples take what they keep of their drafts, and the token after it."""
+    live = [i for i, sample in enumerate(walk.samples) if sample.request.lenience]
+    live = [i for i in live if walk.samples[i].request.drafts and walk.samples[i].guessed()]
+    if not live:
+        return
+    samples, forest = [walk.samples[i] for i in live], walk.forest
+    tokens = [sample.guessed() for sample in samples]
+    lengths = np.array([len(t) for t in tokens])
+    width = int(lengths.max())
+    rows = forest.first_text[walk.row[live]] + np.array([s.text for s in samples])
+    nodes = forest.paths[rows][:, : width + 1]
+    inside = np.arange(width) < lengths[:, None]
+    new = np.zeros(inside.shape)
+    device = walk.runner.device
+    which = inside.nonzero()[0]
+    flat = torch.tensor([x for t in tokens for x in t], device=device)
+    temperature = walk.law.temperature[torch.from_numpy(np.array(live)[which]).to(device)]
+    after = logits[torch.from_numpy(forest.logit[nodes[:, :width][inside]]).to(device)]
+    after = after if after.dtype == torch.float64 else after.float()
+    new[inside] = pick(after / temperature[:, None], flat).double().cpu().numpy()
+    kept = _kept(walk, live, tokens, new, lengths)
+    for row, (i, sample) in enumerate(zip(live, samples, strict=True)):
+        count = kept[row]
+        walk.at[i] = nodes[row, min(count, nodes.shape[1] - 1)]
+        sample.take_kept(count, new[row, :count].tolist(), walk.version)
+        walk.walking[i] = False
+    drawing = np.array([i for i, s in zip(live, samples, strict=True) if not s.finished], int)
+    if len(drawing):
+        _draw_next(walk, drawing, logits)
+
+
+def _kept(
+    walk: Walk, live: list[int], tokens: list[list[int]], new: np.ndarray, lengths: np.ndarray
+) -> list[int]:
+    """How many tokens of its draft each sample keeps."""
+    keys, begin = walk.law.keys[live].cpu(), torch.from_numpy(walk.begin[live])
+    length = torch.from_numpy(lengths)
+    position = begin[:, None] + torch.arange(new.shape[1])
+    chance = uniform(keys[:, None].expand_as(position), position)
+    kept = []
+    for i, index in enumerate(live):
+        request = walk.samples[index].request
+        rule, done = request.lenience, walk.samples[index].done
+        assert rule is not None
+        row = slice(i, i + 1)
+        if rule.random_cut:
+            kept.append(int(random_cut(chance[row, 0], length[row])))
+        elif math.isinf(rule.factor):
+            kept.append(len(tokens[i]))
+        else:
+            old = np.zeros(new.shape[1])
+            writers = request.drafts[0].logprobs[done : done + len(tokens[i])]
+            old[: len(tokens[i])] = writers
+            ratio = torch.from_numpy(new[i] - old)[None]
+            kept.append(int(lenient(ratio, chance[row], rule.factor, length[row])))
+    return kept
+
+
+def _draw_next(walk: Walk, live: np.ndarray, logits: torch.Tensor) -> None:
+    index = walk.forest.logit[walk.at[live]][:, None]
+    drawn = walk.draw(live, index, np.ones_like(index, bool), logits)
+    for i, *streams in zip(live, *(stream.tolist() for stream in drawn), strict=True):
+        walk.samples[i].take_walked(*streams, walk.version, 0)

@@ -1,0 +1,71 @@
+"""A step's figures from what was collected; docs/glossary.md has each name."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from reroll.engine.base import Stats
+from reroll.rollout.collect import Collected
+from reroll.train.credit import graded
+from reroll.types import Finish, Group
+
+
+def rollout_metrics(collected: Collected) -> dict[str, float]:
+    """Rewards, lengths and entropy of a batch; see docs/glossary.md for each name."""
+    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+    graded = [r for r in rollouts if r.reward is not None]
+    sizes = lengths(collected.groups)
+    metrics = {
+        "reward": fmean(r.reward for r in graded) if graded else 0.0,  # type: ignore[misc]
+        "length": fmean(sizes),
+        "length_max": float(max(sizes)),
+        "truncated": collected.truncated / len(rollouts),
+        "ungraded": float(collected.ungraded),
+        # mean surprise of sampled tokens: an unbiased estimate of the entropy per token
+        "entropy": -sum(sum(r.completion.logprobs) for r in rollouts) / max(1, sum(sizes)),
+        "stopped": fmean(r.completion.finish is Finish.STOP for r in rollouts),
+    }
+    for name in graded[0].rewards if graded else ():
+        metrics[f"reward_{name}"] = fmean(r.rewards[name] for r in graded)
+    return metrics
+
+
+def refill_metrics(collected: Collected, groups: Sequence[Group]) -> dict[str, float]:
+    """What dynamic sampling cost; see docs/glossary.md."""
+    return {
+        "groups_started": float(len(collected.groups)),
+        "groups_trained": float(len(groups)),
+        "live_groups": len(groups) / len(collected.groups),
+        "small_groups": float(sum(len(graded([group])) < 2 for group in collected.groups)),
+        "waste": 1 - sum(lengths(groups)) / sum(lengths(collected.groups)),
+    }
+
+
+def speculation_metrics(before: Stats, after: Stats) -> dict[str, float]:
+    """What drafts did between two copies of the engine's counters."""
+    trees = after.trees_offered - before.trees_offered
+    names = ("ticks", "tokens_reused", "tokens_redrafted", "tokens_redraft_reused", "nodes_offered")
+    return {name: float(getattr(after, name) - getattr(before, name)) for name in names} | {
+        "trees_skipped": (after.trees_skipped - before.trees_skipped) / max(1, trees)
+    }
+
+
+def lengths(groups: Sequence[Group]) -> list[int]:
+    """Completion tokens of each rollout."""
+    return [len(r.completion.token_ids) for group in groups for r in group.rollouts]
+
+
+def samples(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
+    """The first rollouts of the step's first groups, to read."""
+    return [
+        {
+            "step": step,
+            "row": group.prompt.row,
+            "prompt": group.prompt.text,
+            "completion": group.rollouts[0].text,
+            "answer": group.prompt.answer,
+            "reward": group.rollouts[0].reward,
+            "finish": group.rollouts[0].completion.finish,
+        }
+        for group in groups[:count]
+    ]

@@ -1,0 +1,165 @@
+"""Reuse: how a rollout starts when its problem has been tried before.
+
+Three rules (docs/techniques/reuse.md). `fresh`: new noise, the prompt's old rollouts as drafts;
+exact, and exact given the drafts. `held`: a sample keeps its noise key from epoch to epoch, so that
+most of its old rollout comes out again; exact too, but the weights were trained on that noise.
+`lenient`: SPEC-RL's acceptance on the sample's own old rollout (arXiv 2509.23232); not exact.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from reroll.algo.noise import share
+from reroll.config import ReuseSection
+from reroll.rollout.decisions import Graded, Start
+from reroll.rollout.store import Past, Store, prompt_hash
+from reroll.types import Draft, Finish, Group, Lenience, Prompt, Rollout
+
+
+class Reuse:
+    """Start and grade decisions from a store of past rollouts.
+
+    seed: of the run. graders: digest of what grades; "": grades are never taken over.
+    """
+
+    def __init__(self, config: ReuseSection, store: Store, seed: int, graders: str = "") -> None:
+        self.config, self.store, self.seed, self.graders = config, store, seed, graders
+        self._past: dict[int, list[Past]] = {}
+        """what the store holds of this step's prompts, by dataset row"""
+
+    def start(self, prompt: Prompt, visit: int, samples: int) -> list[Start]:
+        """How the samples of one prompt start."""
+        past = self._look_up(prompt, visit)
+        if self.config.rule == "lenient":
+            return [self._lenient(past, visit, sample) for sample in range(samples)]
+        near = [p for p in past if p.visit >= visit - self.config.epochs]
+        drafts = tuple(_draft(p) for p in near[: self.config.rollouts])
+        if self.config.rule == "fresh":
+            return [Start(visit, drafts)] * samples
+        return [
+            Start(self._held_visit(prompt, past, visit, sample), drafts)
+            for sample in range(samples)
+        ]
+
+    def start_fresh(self, prompt: Prompt, visit: int, samples: int) -> list[Start]:
+        """The same prompt's drafts for an audit: lossless whatever the rule."""
+        drafts = tuple(_draft(p) for p in self._look_up(prompt, visit)[: self.config.rollouts])
+        return [Start(visit, drafts)] * samples
+
+    def known_grade(self, rollout: Rollout) -> Graded | None:
+        """The grade of the same text from the same graders, unless the limit cut it."""
+        if not self.graders or rollout.completion.finish is not Finish.STOP:
+            return None
+        for past in self._past.get(rollout.prompt.row, ()):
+            same = past.graders == self.graders and past.finish == Finish.STOP
+            if same and past.reward is not None and _equal(past, rollout):
+                return Graded(past.reward, dict(past.rewards))
+        return None
+
+    def remember(self, groups: Iterable[Group], step: int, version: int, trained: set[int]) -> None:
+        """Write a step's rollouts; one transaction. trained: ids of those with gradient."""
+        rows = []
+        for group in groups:
+            name = prompt_hash(group.prompt.token_ids)
+            rows += [
+                (name, self._as_past(r, step, version, id(r) in trained)) for r in group.rollouts
+            ]
+        self.store.put(step, rows)
+        self._past.clear()
+
+    def metrics(self, groups: Sequence[Group], version: int) -> dict[str, float]:
+        """What was reused of a batch; see docs/glossary.md."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        lengths = [len(r.completion.token_ids) for r in rollouts]
+        drafted = [r for r in rollouts if self._past.get(r.prompt.row)]
+        whole = [r for r in drafted if _whole(r)]
+        ages, repeats = [], 0
+        for rollout in drafted:
+            past = self._past[rollout.prompt.row]
+            repeats += any(_equal(p, rollout) for p in past)
+            walked = rollout.completion.token_ids[: rollout.completion.walked]
+            versions = [
+                p.version for p in past if walked and p.token_ids[: len(walked)].tolist() == walked
+            ]
+            ages += [version - min(versions)] if versions else []
+        return {
+            "drafted": len(drafted) / len(rollouts),
+            "reused_tokens": sum(r.completion.accepted for r in rollouts) / max(1, sum(lengths)),
+            "accept_prefix": fmean(_share(r) for r in drafted) if drafted else 0.0,
+            "full_reuse": len(whole) / len(rollouts),
+            "duplicates": repeats / len(rollouts),
+            "reuse_age": fmean(ages) if ages else 0.0,
+        }
+
+    def _look_up(self, prompt: Prompt, visit: int) -> list[Past]:
+        """Everything kept of a prompt's earlier visits, newest first."""
+        if prompt.row not in self._past:
+            name = prompt_hash(prompt.token_ids)
+            self._past[prompt.row] = self.store.get(
+                name, prompt.row, before_visit=visit, visits=visit
+            )
+        return self._past[prompt.row]
+
+    def _lenient(self, past: Sequence[Past], visit: int, sample: int) -> Start:
+        config = self.config
+        before = visit - config.delay
+        own = [p for p in past if p.sample == sample and before - config.epochs <= p.visit < before]
+        if not own:
+            return Start(visit)
+        lenience = Lenience(
+            math.inf if config.cut == "none" else config.lenience,
+            random_cut=config.cut == "random",
+            keep_writer=config.anchor == "generator",
+        )
+        return Start(visit, (_draft(own[0]),), lenience)
+
+    def _held_visit(self, prompt: Prompt, past: Sequence[Past], visit: int, sample: int) -> int:
+        """The visit whose noise this sample gets: the last one's, unless its key is redrawn."""
+        own = next((p for p in past if p.sample == sample), None)
+        if own is None or visit - own.noise_visit > self.config.max_age:
+            return visit
+        if self.config.refresh == "trained":
+            return visit if own.trained else own.noise_visit
+        redrawn = share(self.seed, "refresh", prompt.row, sample, visit) < self.config.refresh
+        return visit if redrawn else own.noise_visit
+
+    def _as_past(self, rollout: Rollout, step: int, version: int, trained: bool) -> Past:
+        completion = rollout.completion
+        # a policy for truncated ones may have changed the reward; the graders' own is kept
+        settled = completion.finish is Finish.LENGTH
+        return Past(
+            row=rollout.prompt.row,
+            sample=rollout.sample,
+            visit=rollout.visit,
+            step=step,
+            noise_visit=rollout.key_visit,
+            version=version,
+            token_ids=completion.token_ids,  # type: ignore[arg-type]
+            logprobs=completion.behaviour_logprobs,  # type: ignore[arg-type]
+            versions=completion.versions,  # type: ignore[arg-type]
+            reward=None if settled else rollout.reward,
+            rewards={} if settled else rollout.rewards,
+            graders=self.graders,
+            finish=completion.finish,
+            trained=trained,
+        )
+
+
+def _draft(past: Past) -> Draft:
+    return Draft(past.token_ids.tolist(), past.logprobs.tolist(), past.versions.tolist())
+
+
+def _equal(past: Past, rollout: Rollout) -> bool:
+    ids = rollout.completion.token_ids
+    return len(past.token_ids) == len(ids) and past.token_ids.tolist() == ids
+
+
+def _share(rollout: Rollout) -> float:
+    """Of a completion's tokens, those found on the draft tree; an ending counts with its text."""
+    return 1.0 if _whole(rollout) else rollout.completion.walked / len(rollout.completion.token_ids)
+
+
+def _whole(rollout: Rollout) -> bool:
+    """Nothing of it was decoded: it ended on the tree."""
+    return rollout.completion.walked >= len(rollout.completion.token_ids) - 1 > 0
