@@ -70,7 +70,7 @@ class Style:
 
 STYLES = {
     "careful": Style((), (5, 9), 0.165, 160, steps=200, batch=64, lr=1e-3),
-    "wordy": Style(WORDS, (7, 9), 0.11, 640, steps=550, batch=16, lr=1e-3),
+    "wordy": Style(WORDS, (7, 9), 0.11, 640, steps=1100, batch=8, lr=1.2e-3),
 }
 
 

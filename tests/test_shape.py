@@ -20,8 +20,8 @@ LAYERS = [
     {"engine"},
     {"rollout", "train"},
     {
-        "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate", "setup", "summary",
-        "loop", "cli", "__main__",
+        "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate",
+        "setup", "summary", "loop", "cli", "__main__",
     },
 ]  # fmt: skip
 """from low to high; a module imports from its own part and from lower layers"""

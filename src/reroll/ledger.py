@@ -63,7 +63,8 @@ class Ledger:
     def add_engine(self, before: Stats, after: Stats, cost: CostModel) -> None:
         """Book what the engine did between two copies of its counters.
 
-        Verification shares forwards with prefill; its seconds are its share of their tokens.
+        Verification shares forwards with prefill; its seconds are its share of their tokens. What
+        is offered again in ticks has its tokens and FLOPs under verify, its seconds under decode.
         """
         tokens = {
             "prefill": after.tokens_prefilled - before.tokens_prefilled,
@@ -74,7 +75,8 @@ class Ledger:
             self.tokens[name] += count
             self.flops[name] += cost.flops(count, after.context[name] - before.context[name])
         forwards = after.seconds["prefill"] - before.seconds["prefill"]
-        share = tokens["verify"] / max(1, tokens["verify"] + tokens["prefill"])
+        walked = tokens["verify"] - (after.tokens_redrafted - before.tokens_redrafted)
+        share = walked / max(1, walked + tokens["prefill"])
         self.seconds["prefill"] += forwards * (1 - share)
         self.seconds["verify"] += forwards * share
         self.seconds["decode"] += after.seconds["decode"] - before.seconds["decode"]

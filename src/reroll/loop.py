@@ -77,6 +77,8 @@ class _Run:
         self.cursor = 0
         """place in the stream of prompts after these steps"""
         self.held_out: float | None = None
+        self.counted: dict[str, Any] = {}
+        """the engine's counts after these steps and their evaluations"""
         self.spec = CollectSpec(
             Purpose.TRAIN,
             config.run.seed,
@@ -91,7 +93,7 @@ class _Run:
         """All steps that are left, with evaluations and checkpoints when they are due."""
         config = self.config
         self._greet(start)
-        self.done = start or 0
+        self.done, self.counted = start or 0, self.parts.engine.state()
         # an interrupt may have come between a step and its evaluation
         evaluated = {r["step"] for r in self.run.records() if r["kind"] == "eval"}
         try:
@@ -144,7 +146,7 @@ class _Run:
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
             metrics |= self._train(groups, step, collected)
             ledger.add_engine(stats, parts.engine.stats(), parts.cost)
-            ledger.tokens["grade"] += sum(lengths(collected.groups))
+            ledger.tokens["grade"] += sum(lengths(collected.groups)) - collected.tokens_known
             ledger.seconds["grade"] += collected.seconds_grading
             metrics |= ledger.since(before).metrics()
             if self.config.algo.dynamic_sampling:
@@ -155,7 +157,7 @@ class _Run:
             metrics["tokens_per_second"] = sum(lengths(collected.groups)) / rollout_seconds
             self.run.log({"kind": "train", "step": step, **metrics})
             self.run.sample(samples(step, collected.groups, self.config.log.samples))
-            self.done, self.cursor = step, cursor
+            self.done, self.cursor, self.counted = step, cursor, parts.engine.state()
         self._report(step, metrics, collected)
 
     def _collect(self) -> tuple[Collected, list[Group], int]:
@@ -236,7 +238,7 @@ class _Run:
             sampling=parts.sampling,
             progress=self.display.rollouts,
         )
-        self.held_out = metrics["reward"]
+        self.held_out, self.counted = metrics["reward"], parts.engine.state()
         metrics["seconds_eval"] = time.perf_counter() - started
         self.run.log({"kind": "eval", "step": step, **metrics})
         for tracker in self.trackers:
@@ -257,7 +259,7 @@ class _Run:
             "ledger": asdict(self.ledger),
             "held_out_reward": self.held_out,
             "cursor": self.cursor,
-            "engine": self.parts.engine.state(),
+            "engine": self.counted,
         }
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)

@@ -12,10 +12,19 @@ _PANELS = (
     ("entropy", "entropy (nats per token)"),
     ("live_groups", "share of groups with signal"),
 )
+_REUSE = (
+    ("reused_tokens", "share of tokens taken from drafts"),
+    ("duplicates", "share of rollouts written before"),
+)
+"""panels of a run that reuses rollouts"""
 
 
 def plot_run(run: RunDir) -> Path | None:
-    """Draw reward, length, entropy and live groups over the steps; None if there is nothing yet."""
+    """Draw reward, length, entropy and live groups over the steps; None if there is nothing yet.
+
+    A run that reuses rollouts has panels for that. Where it is audited, the reward of what it
+    trained on stands beside that of fresh samples, under its own name: it is not the policy's.
+    """
     records = run.records()
     steps = [r for r in records if r["kind"] == "train"]
     if not steps:
@@ -24,15 +33,21 @@ def plot_run(run: RunDir) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    panels = _PANELS + (_REUSE if "reused_tokens" in steps[0] else ())
+    audits = [r for r in steps if "reward_gap" in r]
+    figure = Figure(figsize=(10, 3.25 * len(panels) / 2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2).flatten()
-    for axis, (key, label) in zip(axes, _PANELS, strict=True):
-        name = "training rollouts" if key == "reward" else None
+    axes = figure.subplots(len(panels) // 2, 2).flatten()
+    trained_on = "rollouts trained on (reused)" if audits else "training rollouts"
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        name = trained_on if key == "reward" else None
         axis.plot([r["step"] for r in steps], [r[key] for r in steps], color="#4477aa", label=name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
+    if audits:
+        at, fresh = [r["step"] for r in audits], [r["reward_fresh"] for r in audits]
+        axes[0].plot(at, fresh, "s-", color="#228833", label="fresh samples (audit)")
     _held_out(axes[0], [r for r in records if r["kind"] == "eval"])
     axes[0].legend(loc="best", frameon=False)
     path = run.path / "curves.png"

@@ -112,6 +112,7 @@ def open_reuse(config: Config, run: RunDir, step: int | None) -> Iterator[Reuse 
         memory_gb=limits.memory_gb,
     ) as store:
         store.cut_back(step or 0)
+        store.evict()  # a kill may have come between a checkpoint and its eviction
         digest = grader_digest(graders_of(config.task), config.task)
         yield Reuse(config.reuse, store, config.run.seed, digest)
 

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from reroll.audit import pooled_gap
 from reroll.ledger import CATEGORIES
 from reroll.rundir import RunDir
 from reroll.train.checkpoint import checkpoints
@@ -23,6 +24,8 @@ def print_summary(run: RunDir, console: Console | None = None) -> dict[str, Any]
     if steps:
         console.print(_ledger_table(steps))
         console.print(_replies_table(steps))
+    if steps and "reused_tokens" in steps[0]:
+        console.print(_reuse_table(steps))
     newest = max(checkpoints(run.checkpoints).items(), default=None)
     console.print("Written:")
     for path in (
@@ -80,6 +83,31 @@ def _ledger_table(steps: list[dict[str, Any]]) -> Table:
         name = "grade (beside the engine)" if category == "grade" else category
         shown = [f"{tokens:,.0f}" if tokens else "-", f"{flops / 1e9:,.0f}" if flops else "-"]
         table.add_row(name, *shown, f"{seconds:.1f}")
+    return table
+
+
+def _reuse_table(steps: list[dict[str, Any]]) -> Table:
+    """What drafts saved, by fifths of the run, and what the audits found."""
+    part = max(1, len(steps) // 5)
+    audits = [r for r in steps if "reward_gap" in r]
+    table = Table(title="Reuse of old rollouts", title_justify="left")
+    for name in ("", f"first {part} steps", f"last {part} steps"):
+        table.add_column(name, justify="right" if name else "left")
+    shares = (
+        ("tokens taken from drafts", "reused_tokens"),
+        ("rollouts reused whole", "full_reuse"),
+        ("rollouts written before", "duplicates"),
+    )
+    for name, key in shares:
+        ends = (sum(r[key] for r in rows) / part for rows in (steps[:part], steps[-part:]))
+        table.add_row(name, *(f"{share:.2f}" for share in ends))
+    if audits:
+        rewards = (("trained on", "reward_trained_on"), ("fresh samples", "reward_fresh"))
+        for name, key in rewards:
+            ends = (audits[0][key], audits[-1][key])
+            table.add_row(f"reward, {name} (audit)", *(f"{reward:.3f}" for reward in ends))
+        gap, error = pooled_gap(audits)
+        table.add_row("mean gap of all audits", "", f"{gap:+.3f} ± {1.96 * error:.3f}")
     return table
 
 

@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ NOW = 3
 """version of the policy that is sampled; drafts are of version 1"""
 
 
+@cache
 def written(request: Request, shift: float, version: int = 1) -> Draft:
     """A reply under another key, as an old policy wrote it that was `shift` surer of each token."""
     law = replace(request.sampling, max_tokens=LENGTH, stop_ids=())
@@ -39,11 +41,11 @@ def written(request: Request, shift: float, version: int = 1) -> Draft:
     return Draft(reply.token_ids[own], logprobs[own], versions[own])
 
 
-def lenient_requests(count: int = 20, factor: float = 0.8, **rule) -> list[Request]:
+def lenient_requests(count: int = 12, factor: float = 0.8, **rule) -> list[Request]:
     """Limits before and behind the draft's end, stop ids inside and outside, prefixes, tempers."""
     out = []
     for i in range(count):
-        law = Sampling((14, 12, 10, 6)[i % 4], temperature=(1.0, 0.6)[i // 2 % 2])
+        law = Sampling((14, 12, 10, 6)[i % 4], temperature=(1.0, 0.5)[i // 2 % 2])
         prefix = ((), (8,), (5, 9))[i % 3]
         request = Request(i, P, make_key(4, "train", 0, i, 0), law, prefix)
         draft = written(request, 0.7)
@@ -54,6 +56,7 @@ def lenient_requests(count: int = 20, factor: float = 0.8, **rule) -> list[Reque
     return out
 
 
+@cache
 def expect(request: Request) -> Completion:
     """The rule written out; `accepted` is what is kept."""
     engine = engine_of(slots=1)
@@ -123,13 +126,12 @@ def test_tokens_are_those_of_the_rule_written_out(rule):
     kept = [c.accepted for c in done.values()]
     whole = [c.accepted + len(requests[i].prefix_ids) == len(c.token_ids) for i, c in done.items()]
     if rule["factor"] == math.inf:
-        assert min(kept) > 0 and {c.finish for c, w in zip(done.values(), whole) if w} == {
-            Finish.STOP, Finish.LENGTH
-        }  # fmt: skip
+        ends = {c.finish for c, w in zip(done.values(), whole, strict=True) if w}
+        assert min(kept) > 0 and ends == {Finish.STOP, Finish.LENGTH}
     elif rule["factor"] == 0.0001:
         assert max(kept) <= 1
     else:
-        assert len(set(kept)) > 3 and any(whole)
+        assert len(set(kept)) > 2 and any(whole)
 
 
 def by_limit(requests: list[Request], law: Sampling) -> list[Request]:
@@ -177,7 +179,8 @@ def test_members_of_one_row_keep_their_own_stop_ids():
     """One text, which ends early for one of them and goes on for the others."""
     request = lenient_requests(1, factor=math.inf)[0]
     text = request.drafts[0].token_ids
-    ends = [(), (text[3],), (text[6], text[8]), (60,)]
+    foreign = next(t for t in range(60) if t not in text)
+    ends = [(), (text[3],), (text[6], text[8]), (foreign,)]
     requests = [
         replace(request, id=i, key=i, sampling=Sampling(12, stop_ids=stops))
         for i, stops in enumerate(ends)
@@ -239,7 +242,7 @@ def test_the_whole_draft_up_to_the_limit_takes_no_slot(monkeypatch):
 
 
 def test_the_end_of_text_is_tested_too():
-    """A draft of one token, its ending, that has become half as likely: kept by half of the keys."""
+    """A draft of its ending alone, which has become half as likely: half of the keys keep it."""
     engine = engine_of(slots=64, prefill_rows=64)
     end = 7
     now = engine.score([(P, [end])])[0][0]
@@ -285,7 +288,7 @@ def test_random_cut_is_uniform():
     request = replace(lenient_requests(1)[0], prefix_ids=())
     count, length = 3300, LENGTH
     requests = [
-        replace(request, id=i, key=make_key(5, "train", 0, i, 0), sampling=Sampling(11),
+        replace(request, id=i, key=make_key(5, "train", 0, i, 0), sampling=Sampling(12),
                 lenience=Lenience(0.001, random_cut=True))
         for i in range(count)
     ]  # fmt: skip
@@ -312,13 +315,12 @@ def test_lenience_needs_the_whole_tempered_law(law):
     engine.submit(Request(6, P, 0, law, drafts=(draft,)))
 
 
-def test_probes_of_lenient_requests():
+@pytest.mark.parametrize("limits", [(6, 9, 12, 6, 6, 12, 6, 9), (6,) * 8], ids=str)
+def test_probes_of_lenient_requests(limits):
     """Each of a row, those that end inside their drafts as well, gets its own states."""
     requests = [
         replace(r, probe_at=(0, 1, 3, 5), prefix_ids=(), sampling=Sampling(limit))
-        for r, limit in zip(
-            lenient_requests(8, factor=0.9), (6, 9, 12, 6, 6, 12, 6, 9), strict=True
-        )
+        for r, limit in zip(lenient_requests(8, factor=0.9), limits, strict=True)
     ]
     requests = [replace(r, lenience=Lenience(math.inf)) if r.id % 2 else r for r in requests]
     expected = {r.id: expect(r) for r in requests}
@@ -340,7 +342,7 @@ def test_probes_of_lenient_requests():
 
 @pytest.mark.parametrize("ticks", [1, 3])
 def test_interrupted_and_resumed_equals_never_interrupted(ticks):
-    """What was refused stays refused, even where the plain draw gave the draft's token after all."""
+    """What was refused stays refused, even where the plain draw gave the draft's token."""
     model = tiny_model("llama")
     with torch.no_grad():
         sure = LocalEngine(model, slots=4, capacity=64)

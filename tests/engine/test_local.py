@@ -240,12 +240,12 @@ def test_one_prefill_serves_a_group() -> None:
 
 
 def test_a_finished_slot_is_refilled_at_once() -> None:
-    """With known limits the ticks are those of longest-first scheduling: no slot idles while work waits."""
+    """With known limits the ticks are those of longest first: no slot idles while work waits."""
     lengths = [9, 3, 14, 5, 8, 2, 11, 6, 4, 7]
     engine = engine_of(slots=4)
     finish(engine, [Request(i, (1, 2), i, Sampling(n)) for i, n in enumerate(lengths)])
     ends = [0] * 4
-    for n in sorted(lengths, reverse=True):  # longest first; the first token of each comes with its prefill
+    for n in sorted(lengths, reverse=True):  # the first token of each comes with its prefill
         first = ends.index(min(ends))
         ends[first] += n - 1
     assert engine.stats().ticks == max(ends)
@@ -338,7 +338,7 @@ def test_score_equals_the_logprobs_that_step_returned() -> None:
 def test_probes_report_the_last_hidden_state(plain, with_draft: bool) -> None:
     engine = engine_of()
     requests = [
-        replace(r, probe_at=(1, 4, 8), drafts=(Draft(tuple(plain[r.id][:6])),) if with_draft else ())
+        replace(r, probe_at=(1, 4, 8), drafts=(Draft(plain[r.id][:6]),) if with_draft else ())
         for r in some_requests()
     ]
     done, probes = finish_with_probes(engine, requests)

@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reroll.errors import UserError
-from reroll.rollout import store as module
-from reroll.rollout.store import APPLICATION_ID, COLUMNS, Past, Store, prompt_hash
+from reroll.rollout import storefile as module
+from reroll.rollout.past import COLUMNS, Past
+from reroll.rollout.store import Store, prompt_hash
+from reroll.rollout.storefile import APPLICATION_ID
 from reroll.types import Finish
 
 HASH = prompt_hash((1, 2, 3))

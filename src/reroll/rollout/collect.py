@@ -54,6 +54,8 @@ class Collected:
     first_failure: str = ""
     seconds_grading: float = 0.0
     """inside the grader processes"""
+    tokens_known: int = 0
+    """of completions whose grade was known already"""
 
 
 def collect(
@@ -74,6 +76,7 @@ def collect(
     """
     assert not graders.pending, "the graders still work for another collect"
     groups = [Group(prompt) for prompt in prompts]
+    tokens_known = 0
     waiting: dict[int, Rollout] = {}
     try:
         for group, visit in zip(groups, visits, strict=True):
@@ -96,6 +99,7 @@ def collect(
                         graders.submit(job)
                     else:
                         rollout.reward, rollout.rewards = known
+                        tokens_known += len(rollout.completion.token_ids)
             _take_grades(graders.poll(), by_id)
             if progress is not None and len(waiting) != before:
                 progress(len(by_id) - len(waiting), len(by_id))
@@ -105,7 +109,9 @@ def collect(
         # an interrupted collect leaves the engine empty, so that weights can be saved or changed
         engine.abort(None, "collect interrupted")
         raise
-    return _finish(groups, spec)
+    collected = _finish(groups, spec)
+    collected.tokens_known = tokens_known
+    return collected
 
 
 def _request(

@@ -47,4 +47,5 @@ def _joined(one: Collected, other: Collected) -> Collected:
         truncated=one.truncated + other.truncated,
         first_failure=one.first_failure or other.first_failure,
         seconds_grading=one.seconds_grading + other.seconds_grading,
+        tokens_known=one.tokens_known + other.tokens_known,
     )

@@ -10,82 +10,23 @@ locked while a run has it open, for readers too: copy FILE and FILE-wal to look 
 """
 
 import hashlib
-import json
-import math
 import os
 import sqlite3
 import struct
 import sys
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
+from reroll.rollout.past import NAMES, PLACE, Past, Row, checksum, decode, encode
+from reroll.rollout.storefile import beside, errors_of, open_file
 
-from reroll.errors import UserError
-
-APPLICATION_ID = 0x7265726C
-"""`PRAGMA application_id` of our files: "rerl" """
-FORMAT = 1
-"""`PRAGMA user_version` of what this module reads and writes"""
-PAGE = 4096
-"""bytes; larger pages write faster but waste up to a third on rollouts of 1,000-8,000 tokens"""
-ROW_OVERHEAD = 128
-"""bytes booked for a row beside its streams and texts: scalars and entries of two indices"""
 MEMORY_OVERHEAD = 1024
-"""bytes that Python takes beside them for a row in memory, and for a visit"""
-CHECK_BELOW = 256 * 2**20
-"""bytes of file up to which opening checks all of it: a second at most"""
-LOCK_SECONDS = 1.0
-"""how long to wait for whoever has the file open"""
-DISK = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_PERM,
-)
-"""errors of a disk or a permission, which leave the store as good as it was"""
-
-COLUMNS = (
-    ("prompt_hash", "BLOB NOT NULL", "16 bytes of blake2b over prompt tokens, trace and cut"),
-    ("row", "INTEGER NOT NULL", "row of the dataset"),
-    ("sample", "INTEGER NOT NULL", "index in its group"),
-    ("visit", "INTEGER NOT NULL", "epoch in which it was started"),
-    ("step", "INTEGER NOT NULL", "training step that collected it, from 1"),
-    ("noise_visit", "INTEGER NOT NULL", "visit that its noise key was made with"),
-    ("version", "INTEGER NOT NULL", "policy version when it was collected"),
-    ("reward", "REAL", "grade, before any policy for truncated ones; NULL: ungraded"),
-    ("rewards", "TEXT NOT NULL", "JSON: each grader's number"),
-    ("graders", "TEXT NOT NULL", "digest of the graders; empty: unknown"),
-    ("finish", "TEXT NOT NULL", "stop or length"),
-    ("trained", "INTEGER NOT NULL", "1: it carried gradient"),
-    ("length", "INTEGER NOT NULL", "completion tokens, L"),
-    ("bytes", "INTEGER NOT NULL", "what the row counts towards the bound on size"),
-    ("token_ids", "BLOB NOT NULL", "L token ids, int32 little-endian"),
-    ("logprobs", "BLOB NOT NULL", "L behaviour log-probs of the writer, float32 little-endian"),
-    ("versions", "BLOB NOT NULL", "runs of (policy version, count), int32; -1: prefix tokens"),
-    ("checksum", "INTEGER NOT NULL", "CRC-32 of all the others: SQLite's pages have none"),
-)
-NAMES = ", ".join(name for name, _, _ in COLUMNS)
-PLACE = {name: index for index, (name, _, _) in enumerate(COLUMNS)}
+"""bytes that Python takes for a row in memory beside its streams, and for a visit"""
 VISIT_IS = "prompt_hash = ? AND row = ? AND visit"
-SCHEMA = f"""
-CREATE TABLE rollouts (
-    id INTEGER PRIMARY KEY, {", ".join(f"{name} {kind}" for name, kind, _ in COLUMNS)},
-    UNIQUE (prompt_hash, row, visit DESC, sample));
-CREATE INDEX by_step ON rollouts (step, bytes);
-CREATE VIEW overview AS SELECT hex(prompt_hash) AS prompt_hash, row, sample, visit, step, length,
-    reward, finish FROM rollouts ORDER BY id;
-CREATE TABLE meta (name TEXT PRIMARY KEY, meaning TEXT NOT NULL);
-"""
 
-Row = tuple[Any, ...]
-"""a row as `COLUMNS` has it: what lies on disk and in memory"""
 Visit = tuple[bytes, int, int]
 """prompt hash, row, visit: what is kept in memory or forgotten together"""
 
@@ -94,47 +35,6 @@ def prompt_hash(token_ids: Sequence[int], trace: int = 0, cut: int = 0) -> bytes
     """16 bytes that stand for a prompt, and for the prefix (trace, cut) its rollouts start from."""
     packed = struct.pack(f"<{len(token_ids)}i2q", *token_ids, trace, cut)
     return hashlib.blake2b(packed, digest_size=16).digest()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Past:
-    """One past rollout; `COLUMNS` says what its fields are.
-
-    Streams `[L]` are read-only arrays; lists are taken as well and made into them.
-    """
-
-    row: int
-    sample: int
-    visit: int
-    step: int
-    noise_visit: int
-    version: int
-    token_ids: np.ndarray
-    """int32"""
-    logprobs: np.ndarray
-    """float32"""
-    versions: np.ndarray
-    """int32, one for each token"""
-    reward: float | None
-    rewards: dict[str, float]
-    graders: str
-    finish: str
-    trained: bool
-
-    def __post_init__(self) -> None:
-        kinds = (("token_ids", np.int32), ("logprobs", np.float32), ("versions", np.int32))
-        for name, kind in kinds:
-            stream = np.asarray(getattr(self, name), kind).view()
-            stream.flags.writeable = False
-            if stream.shape != (len(self.token_ids),):
-                raise ValueError(f"{name}: {stream.shape}, not one for each token")
-            object.__setattr__(self, name, stream)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Past) and _encode(b"", self) == _encode(b"", other)
-
-    def __hash__(self) -> int:
-        return hash((self.row, self.sample, self.visit, self.step))
 
 
 class Store:
@@ -155,11 +55,8 @@ class Store:
         self.path = Path(os.path.abspath(path))
         self._max_bytes, self._keep_visits = int(max_gb * 2**30), keep_visits
         self._recent = _Recent(int(memory_gb * 2**30))
-        with _errors(self.path):
-            if not self.path.exists():
-                _make(self.path)
-            _check_header(self.path)
-            self._db = _connect(self.path)
+        with errors_of(self.path):
+            self._db = open_file(self.path)
             try:
                 self._oldest = self._find_oldest()
             except BaseException:
@@ -171,9 +68,9 @@ class Store:
         window = range(before_visit - 1, max(before_visit - visits, self._oldest) - 1, -1)
         found = {visit: self._recent.get((prompt, row, visit)) for visit in window}
         if None in found.values():
-            with _errors(self.path):
+            with errors_of(self.path):
                 found |= self._read(prompt, row, window)
-        return [_decode(one) for visit in window for one in found[visit] or ()]
+        return [decode(one) for visit in window for one in found[visit] or ()]
 
     def _read(self, prompt: bytes, row: int, window: range) -> dict[int, list[Row]]:
         """The rows of each visit of the window, from disk; from now on in memory as well."""
@@ -183,7 +80,7 @@ class Store:
         )
         found: dict[int, list[Row]] = {visit: [] for visit in window}
         for one in rows:
-            if _checksum(one) != one[-1]:
+            if checksum(one) != one[-1]:
                 raise sqlite3.DatabaseError(f"a rollout of dataset row {row} is not as written")
             found[one[PLACE["visit"]]].append(one)
         for visit, its in found.items():
@@ -197,7 +94,7 @@ class Store:
             if not past.step == step >= 1 or past.visit < 0:
                 raise ValueError(f"put in step {step}: step {past.step}, visit {past.visit}")
             group = groups.setdefault((prompt, past.row, past.visit), {})
-            group[past.sample] = _encode(prompt, past)
+            group[past.sample] = encode(prompt, past)
         self._oldest = min([self._oldest, *(visit for _, _, visit in groups)])
         with self._transaction():
             before = {visit: self._before(visit) for visit in groups}
@@ -272,23 +169,23 @@ class Store:
         return self._db.execute("SELECT coalesce(sum(bytes), 0) FROM rollouts").fetchone()[0]
 
     def __len__(self) -> int:
-        with _errors(self.path):
+        with errors_of(self.path):
             return self._db.execute("SELECT count(*) FROM rollouts").fetchone()[0]
 
     @property
     def size_bytes(self) -> int:
         """Bytes on disk, freed pages and what is not yet in the file proper included."""
-        return sum(p.stat().st_size for p in (self.path, _beside(self.path)) if p.exists())
+        return sum(p.stat().st_size for p in (self.path, beside(self.path)) if p.exists())
 
     def stats(self) -> dict[str, int]:
         """Rollouts, what they count towards `max_gb`, bytes on disk, bytes in memory."""
-        with _errors(self.path):
+        with errors_of(self.path):
             held = {"rollouts": len(self), "bytes": self._bytes()}
             return held | {"disk": self.size_bytes, "memory": self._recent.bytes}
 
     def close(self) -> None:
         """Let go of the file; all of it is in one piece then."""
-        with _errors(self.path):
+        with errors_of(self.path):
             self._db.close()
 
     def __enter__(self) -> Self:
@@ -299,7 +196,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _errors(self.path):
+        with errors_of(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -340,159 +237,3 @@ class _Recent:
 
 def _memory(rows: list[Row]) -> int:
     return MEMORY_OVERHEAD + sum(row[PLACE["bytes"]] + MEMORY_OVERHEAD for row in rows)
-
-
-def _encode(prompt: bytes, past: Past) -> Row:
-    numbers = (past.row, past.sample, past.visit, past.step, past.noise_visit, past.version)
-    # plus 0.0: SQLite turns -0.0 into 0.0, and the checksum would not
-    reward = None if past.reward is None else float(past.reward) + 0.0
-    if reward is not None and math.isnan(reward):
-        raise ValueError("a reward that is not a number: SQLite's NULL would read as ungraded")
-    texts = (json.dumps(past.rewards), str(past.graders), str(past.finish))
-    streams = (past.token_ids.tobytes(), past.logprobs.tobytes(), _runs(past.versions))
-    size = ROW_OVERHEAD + sum(map(len, texts)) + sum(map(len, streams))
-    ends = (int(past.trained), len(past.token_ids), size)
-    row = (bytes(prompt), *map(int, numbers), reward, *texts, *ends, *streams)
-    return (*row, _checksum(row))
-
-
-def _decode(row: Row) -> Past:
-    _, *numbers, reward, rewards, graders, finish, trained, _, _, ids, logprobs, runs, _ = row
-    versions, counts = np.frombuffer(runs, np.int32).reshape(-1, 2).T
-    streams = np.frombuffer(ids, np.int32), np.frombuffer(logprobs, np.float32)
-    values: list[Any] = [*numbers, *streams, np.repeat(versions, counts)]
-    values += [reward, json.loads(rewards), graders, finish, bool(trained)]
-    return Past(*values)
-
-
-def _runs(values: np.ndarray) -> bytes:
-    """Run-length encoded: (value, count) pairs."""
-    if not len(values):
-        return b""
-    ends = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)
-    return np.column_stack((values[ends], np.diff(ends, prepend=-1))).astype(np.int32).tobytes()
-
-
-def _checksum(row: Row) -> int:
-    """CRC-32 of a row; -1 if a stream is not bytes, as in a damaged file."""
-    first = PLACE["token_ids"]
-    streams = row[first : PLACE["checksum"]]
-    if not all(isinstance(stream, bytes) for stream in streams):
-        return -1
-    return zlib.crc32(repr(row[:first]).encode() + b"".join(streams))
-
-
-@contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the file, as a UserError with the remedy."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:  # a closed store, say: a mistake of ours, not of the file
-        raise
-    except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
-        said = " ".join(str(error).split())[:200]  # SQLite quotes what it found, however long
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if isinstance(error, OSError) or code in DISK:
-            remedy = "free space, or allow reading and writing there, and start again to go on"
-            raise UserError(f"{path}: cannot be used ({said}): {remedy}") from None
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            remedy = "wait for it to end, or give each run a directory of its own"
-            raise UserError(f"{path}: another process is using it ({said}): {remedy}") from None
-        raise _refused(path, f"damaged ({said})") from None
-
-
-def _refused(path: Path, reason: str) -> UserError:
-    wal = f" with {_beside(path).name}" if _beside(path).exists() else ""
-    return UserError(
-        f"{path}: {reason}; move it away or delete it{wal}: reuse then starts with an empty store, "
-        "without drafts until the next epoch"
-    )
-
-
-def _beside(path: Path, suffix: str = "-wal") -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _make(path: Path) -> None:
-    """Write an empty store under another name and rename it: a kill leaves all of it or nothing."""
-    for orphan in (_beside(path), _beside(path, "-journal")):
-        if orphan.exists():  # SQLite would replay it into the new file
-            raise UserError(f"{orphan}: left over from a store that is gone; delete it as well")
-    fresh = _beside(path, ".new")
-    fresh.unlink(missing_ok=True)
-    db = sqlite3.connect(fresh, isolation_level=None)
-    try:
-        db.executescript(
-            f"PRAGMA page_size = {PAGE}; PRAGMA journal_mode = MEMORY; BEGIN; {SCHEMA}"
-            f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT};"
-        )
-        db.executemany(
-            "INSERT INTO meta VALUES (?, ?)", ((name, says) for name, _, says in COLUMNS)
-        )
-        db.execute("COMMIT")
-    finally:
-        db.close()
-    os.replace(fresh, path)
-
-
-def _check_header(path: Path) -> None:
-    """Refuse what is not ours before SQLite may touch it; sqlite.org/fileformat2.html, 1.3."""
-    if path.is_dir():
-        raise _refused(path, "a directory, not a store of rollouts")
-    with path.open("rb") as file:
-        header = file.read(100)
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise _refused(path, "not a store of rollouts")
-    changes, pages, format_, application, valid_for = (
-        int.from_bytes(header[at : at + 4], "big") for at in (24, 28, 60, 68, 92)
-    )
-    if application != APPLICATION_ID:
-        raise _refused(path, "a database of another program")
-    if format_ != FORMAT:
-        raise _refused(path, f"of format {format_}, and this version of reroll reads {FORMAT}")
-    short = changes == valid_for and path.stat().st_size < pages * PAGE
-    if short and not _beside(path).exists():
-        raise _refused(path, "damaged (its end is missing)")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open a file whose header is right, check it, and hold it for this process alone."""
-    # A large file that was closed in order is not read through, gigabytes at every start: malformed
-    # pages show in use, and so does a row that is not as written; at worst a damaged index hides
-    # rows.
-    wal, large = _beside(path), path.stat().st_size >= CHECK_BELOW
-    killed = wal.exists() and wal.stat().st_size > 0
-    check = "quick_check" if killed and large else "" if large else "integrity_check"
-    if check:
-        _read_through(path)
-    db = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
-    try:
-        # exclusive: two runs must not mix their rollouts, and no shared memory is needed, which
-        # network file systems lack
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        # WAL with NORMAL: a commit is in the operating system's hands before `put` returns, so a
-        # killed process loses nothing, a torn tail of the log is not replayed, and the file proper
-        # is only written from a flushed log; a power cut may lose the last steps, no more
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute("PRAGMA secure_delete = OFF")  # some builds overwrite what is deleted
-        db.execute("PRAGMA cache_size = -16384")  # 16 MiB: the index of a full store
-        if check and (said := db.execute(f"PRAGMA {check}(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(said.splitlines()[-1])
-        db.execute(f"SELECT id, {NAMES} FROM rollouts LIMIT 0")
-        db.execute("BEGIN IMMEDIATE")  # may we write?
-        db.execute("ROLLBACK")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _read_through(path: Path) -> None:
-    """Into the operating system's cache, front to back: a check alone reads ten times slower.
-
-    Before SQLite opens it: closing a file gives up every lock that the process has on it.
-    """
-    with path.open("rb", buffering=0) as file:
-        while file.read(2**20):
-            pass

@@ -1,0 +1,159 @@
+"""Pictures of docs/techniques/reuse.md, drawn from what `bench.reuse` kept.
+
+python -m bench.reuse_plots [--parts]
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bench.common import RESULTS
+
+PICTURES = Path(__file__).parent.parent / "docs" / "techniques"
+COLOURS = {
+    "shared": "#228833",
+    "off": "#888888",
+    "held": "#4477aa",
+    "refresh": "#66ccee",
+    "lenient1": "#ccbb44",
+    "lenient": "#cc3311",
+}
+NAMES = {
+    "shared": "off = fresh = re-draft",
+    "held": "held",
+    "refresh": "held, 25 % redrawn",
+    "lenient1": "lenient, l = 1",
+    "lenient": "lenient, l = e^0.5",
+}
+
+Detail = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def load(parts: bool) -> Detail:
+    """Policy -> arm -> runs, of a finished benchmark or (parts) of one under way."""
+    if not parts:
+        return json.loads((RESULTS / "reuse.json").read_text())["detail"]
+    saved = json.loads((RESULTS / "reuse.parts.json").read_text())
+    detail: Detail = defaultdict(lambda: defaultdict(list))
+    for key, run in sorted(saved.items()):
+        policy, arm, _ = key.split("/")
+        detail[policy][arm].append(run)
+    return detail
+
+
+def steps_mean(runs: Sequence[dict[str, Any]], epoch: int, key: str) -> float:
+    """Mean over seeds and steps of an epoch."""
+    values = [step[key] for run in runs for step in run["epochs"][epoch]["steps"]]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else float("nan")
+
+
+def rewards(detail: Detail) -> Figure:
+    """For each policy: reward of the rollouts trained on (dashed) and of fresh samples (solid)."""
+    policies = [name for name in detail if "lenient" in detail[name]]
+    figure = Figure(figsize=(5.2 * len(policies), 4), layout="constrained")
+    for axis, policy in zip(
+        figure.subplots(1, len(policies), squeeze=False)[0], policies, strict=True
+    ):
+        for arm, runs in detail[policy].items():
+            epochs = range(len(runs[0]["epochs"]))
+            for key, style in (("reward_fresh", "-"), ("reward_trained_on", "--")):
+                values = [steps_mean(runs, epoch, key) for epoch in epochs]
+                label = NAMES[arm] if style == "-" else None
+                axis.plot([e + 1 for e in epochs], values, style, color=COLOURS[arm], label=label)
+        axis.set(
+            xlabel="epoch", ylabel="reward", title=f"{policy}: fresh (solid), trained on (dashed)"
+        )
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def follow(detail: Detail) -> Figure:
+    """Share of new tokens on the tree of old rollouts: by window, and by the age of one epoch."""
+    figure = Figure(figsize=(10.4, 4), layout="constrained")
+    windows, ages = figure.subplots(1, 2)
+    names = {"on_own": "own rollout alone", "on_last": "last epoch", "on_last2": "last two",
+             "on_last4": "last four"}  # fmt: skip
+    styles = {"careful": "-", "demo": "--", "wordy": ":"}
+    colours = dict(zip(names, ("#888888", "#228833", "#4477aa", "#aa3377"), strict=True))
+    for policy, arms in detail.items():
+        runs = arms["shared"]
+        epochs = range(1, len(runs[0]["epochs"]))
+        for key, name in names.items():
+            values = [steps_mean(runs, epoch, key) for epoch in epochs]
+            label = f"{name} ({policy})" if policy == "careful" else None
+            windows.plot(
+                [e + 1 for e in epochs], values, styles[policy], color=colours[key], label=label
+            )
+        last = len(runs[0]["epochs"]) - 1
+        by_age = [("on_last", 1), *((f"on_age{k}", k) for k in range(2, 6))]
+        points = [(age, steps_mean(runs, last, key)) for key, age in by_age if age <= last]
+        ages.plot(*zip(*points, strict=True), "o" + styles[policy], color="#228833", label=policy)
+    windows.set(
+        xlabel="epoch",
+        ylabel="share of tokens on the tree",
+        title="tree of which rollouts",
+        ylim=(0, 1),
+    )
+    ages.set(
+        xlabel="age of the tree (epochs)",
+        ylabel="share of tokens on the tree",
+        title="8 rollouts of one epoch, last epoch of the run",
+        ylim=(0, 1),
+    )
+    for axis in (windows, ages):
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def costs(detail: Detail) -> Figure:
+    """How many times faster than plain decoding each epoch was collected, at 32 and 64 slots."""
+    figure = Figure(figsize=(5.2 * len(detail), 4), layout="constrained")
+    for axis, (policy, arms) in zip(
+        figure.subplots(1, len(detail), squeeze=False)[0], detail.items(), strict=True
+    ):
+        runs = arms["shared"]
+        epochs = range(len(runs[0]["epochs"]))
+        for arm, colour in (("fresh", "#228833"), ("redraft", "#4477aa")):
+            for slots, style in ((32, "-"), (64, "--")):
+                points = []
+                for epoch in epochs:
+                    sums = [run["epochs"][epoch]["variants"] for run in runs]
+                    if all(f"{arm}/{slots}" in s for s in sums):
+                        ratio = fmean(
+                            s[f"off/{slots}"]["seconds"] / s[f"{arm}/{slots}"]["seconds"]
+                            for s in sums
+                        )
+                        points.append((epoch + 1, ratio))
+                label = f"{arm}, {slots} slots" if axis is figure.axes[0] else None
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
+        axis.axhline(1, color="#888888", linewidth=0.8)
+        axis.set(xlabel="epoch", ylabel="rollout phase, times faster", title=policy, ylim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pictures of docs/techniques/reuse.md")
+    parser.add_argument("--parts", action="store_true", help="of a benchmark that is under way")
+    detail = load(parser.parse_args().parts)
+    for name, draw in (("rewards", rewards), ("follow", follow), ("costs", costs)):
+        figure = draw(detail)
+        FigureCanvasAgg(figure)
+        path = PICTURES / f"reuse_{name}.png"
+        figure.savefig(path, dpi=100)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
