@@ -98,6 +98,11 @@ SETTINGS = {
         "wordy", prompts=48, batch=24, epochs=4, terms=(7, 9), max_tokens=640, held_out=32
     ),
 }
+RATES = {
+    rate: Setting("careful", prompts=96, epochs=4, rate=rate, held_out=32)
+    for rate in ("1e-5", "5e-5", "2e-4", "1e-3")
+}
+"""how well trees are followed at other learning rates; an epoch is two updates"""
 QUICK = {
     "careful": Setting("demo", 4, 2, 2, "5e-5", (2, 3), 64, 4),
     "demo": Setting("demo", 4, 2, 2, "2e-4", (2, 3), 64, 4),
@@ -196,7 +201,7 @@ class Run:
         """The engines that collect at this step; who comes first changes from step to step."""
         slots = SLOTS[step % len(SLOTS)]
         names = [n for n in self.engines if n.endswith(f"/{slots}")]
-        if first_epoch:
+        if first_epoch and len(names) > 1:
             names = [n for n in names if not n.startswith("fresh")]
         first = step // len(SLOTS) % len(names)
         return names[first:] + names[:first]
@@ -220,7 +225,7 @@ class Run:
 def train_run(setting: Setting, seed: int, arm: str) -> dict[str, Any]:
     """One training run of an arm (or of the arms that share one); figures of each epoch."""
     extra = LOSSY.get(arm, {})
-    speculations = VARIANTS if arm == "shared" else {arm: Speculation()}
+    speculations = VARIANTS if arm == "shared" else {arm: VARIANTS.get(arm, Speculation())}
     with opened(setting, seed, extra) as (config, parts, reuse):
         spec = CollectSpec(
             Purpose.TRAIN,
@@ -520,6 +525,7 @@ def main() -> None:
     settings = QUICK if args.quick else SETTINGS
     seeds = SEEDS[:1] if args.quick else SEEDS
     detail: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    rates: dict[str, Any] = {}
     for policy, setting in settings.items():
         arms = ["shared", *(LOSSY if policy != "wordy" else ())]
         if args.quick:
@@ -537,15 +543,18 @@ def main() -> None:
                 before, *_, after = measured["held_out"]
                 took = f"{policy} {arm:9} seed {seed}  {time.perf_counter() - started:5.0f} s"
                 print(f"{took}  held-out {before:.3f} -> {after:.3f}", flush=True)
-    summary: dict[str, Any] = {}
+    for rate, setting in RATES.items() if not args.quick and args.policy in ("", "rates") else ():
+        measured = parts.measure(f"rate {rate}/fresh/0", lambda s=setting: train_run(s, 0, "fresh"))
+        rates[rate] = [measured["epochs"][i]["steps"] for i in range(setting.epochs)]
     if args.policy:
         return
+    summary: dict[str, Any] = {}
     for policy, runs in detail.items():
         show(policy, runs)
         summary |= summarise(runs, {"careful": "", "demo": "_demo", "wordy": "_wordy"}[policy])
     if args.quick:
         summary |= {key.replace("_demo", "_wordy"): None for key in list(summary) if "_demo" in key}
-    parts.finish("reuse", summary, seeds, detail)
+    parts.finish("reuse", summary, seeds, {"policies": detail, "rates": rates})
 
 
 if __name__ == "__main__":

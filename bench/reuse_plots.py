@@ -36,16 +36,22 @@ NAMES = {
 Detail = dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def load(parts: bool) -> Detail:
-    """Policy -> arm -> runs, of a finished benchmark or (parts) of one under way."""
+def load(parts: bool) -> tuple[Detail, dict[str, Any]]:
+    """(policy -> arm -> runs, learning rate -> epochs of steps), of a finished benchmark or (parts)
+    of one under way."""
     if not parts:
-        return json.loads((RESULTS / "reuse.json").read_text())["detail"]
+        detail = json.loads((RESULTS / "reuse.json").read_text())["detail"]
+        return detail["policies"], detail["rates"]
     saved = json.loads((RESULTS / "reuse.parts.json").read_text())
-    detail: Detail = defaultdict(lambda: defaultdict(list))
+    runs: Detail = defaultdict(lambda: defaultdict(list))
+    rates = {}
     for key, run in sorted(saved.items()):
         policy, arm, _ = key.split("/")
-        detail[policy][arm].append(run)
-    return detail
+        if policy.startswith("rate "):
+            rates[policy[5:]] = [epoch["steps"] for epoch in run["epochs"]]
+        else:
+            runs[policy][arm].append(run)
+    return runs, rates
 
 
 def steps_mean(runs: Sequence[dict[str, Any]], epoch: int, key: str) -> float:
@@ -76,10 +82,19 @@ def rewards(detail: Detail) -> Figure:
     return figure
 
 
-def follow(detail: Detail) -> Figure:
-    """Share of new tokens on the tree of old rollouts: by window, and by the age of one epoch."""
-    figure = Figure(figsize=(10.4, 4), layout="constrained")
-    windows, ages = figure.subplots(1, 2)
+def follow(detail: Detail, rates: dict[str, Any]) -> Figure:
+    """Share of new tokens on the tree of old rollouts: by window, age, and learning rate."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    windows, ages, learning = figure.subplots(1, 3)
+    for rate, epochs in sorted(rates.items(), key=lambda item: float(item[0])):
+        values = [fmean(step["on_last"] for step in steps) for steps in epochs[1:]]
+        learning.plot(range(2, len(epochs) + 1), values, "o-", label=rate)
+    learning.set(
+        xlabel="epoch",
+        ylabel="share of tokens on the tree",
+        title="learning rate (careful, last epoch's tree)",
+        ylim=(0, 1),
+    )
     names = {"on_own": "own rollout alone", "on_last": "last epoch", "on_last2": "last two",
              "on_last4": "last four"}  # fmt: skip
     styles = {"careful": "-", "demo": "--", "wordy": ":"}
@@ -109,7 +124,7 @@ def follow(detail: Detail) -> Figure:
         title="8 rollouts of one epoch, last epoch of the run",
         ylim=(0, 1),
     )
-    for axis in (windows, ages):
+    for axis in (windows, ages, learning):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -146,9 +161,9 @@ def costs(detail: Detail) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pictures of docs/techniques/reuse.md")
     parser.add_argument("--parts", action="store_true", help="of a benchmark that is under way")
-    detail = load(parser.parse_args().parts)
-    for name, draw in (("rewards", rewards), ("follow", follow), ("costs", costs)):
-        figure = draw(detail)
+    detail, rates = load(parser.parse_args().parts)
+    figures = {"rewards": rewards(detail), "follow": follow(detail, rates), "costs": costs(detail)}
+    for name, figure in figures.items():
         FigureCanvasAgg(figure)
         path = PICTURES / f"reuse_{name}.png"
         figure.savefig(path, dpi=100)
