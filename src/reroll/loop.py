@@ -24,7 +24,6 @@ from reroll.log import Display, Tracker, open_trackers
 from reroll.order import stream
 from reroll.plot import plot_run
 from reroll.rollout.collect import NOTHING, Collected, CollectSpec, check_failures, collect
-from reroll.rollout.decisions import Decisions
 from reroll.rollout.refill import refill
 from reroll.rollout.reuse import Reuse
 from reroll.rundir import RunDir
@@ -69,7 +68,7 @@ class _Run:
     ) -> None:
         self.config, self.run, self.parts = config, run, parts
         self.reuse = reuse
-        self.decisions = Decisions(reuse.start, reuse.known_grade) if reuse else NOTHING
+        self.decisions = reuse.decisions() if reuse else NOTHING
         self.display, self.trackers, self.interrupts = display, trackers, interrupts
         self.ledger = Ledger()
         self.done = 0

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reroll.config import Config
 from reroll.engine.costs import load_costs
-from reroll.engine.local import LocalEngine, Speculation
+from reroll.engine.local import LocalEngine
 from reroll.engine.selfcheck import check_servable, takes_trees
+from reroll.engine.speculation import Speculation
 from reroll.errors import UserError
 from reroll.ledger import CostModel, cost_model
 from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
@@ -139,6 +140,7 @@ def make_engine(
             choose=reuse.prune and reuse.rule != "lenient",
             redraft=reuse.redraft if trees else 1,
             siblings=reuse.siblings,
+            stagger=reuse.stagger,
         )
     return LocalEngine(
         model,

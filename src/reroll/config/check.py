@@ -179,9 +179,12 @@ _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (
     ("correct", "max_lag", "mode", ("mask",)),
     *(
         ("reuse", key, "on", (True,))
-        for key in ("rule", "epochs", "rollouts", "prune", "window", "redraft", "siblings", "audit")
+        for key in (
+            *("rule", "epochs", "rollouts", "prune", "window", "redraft", "siblings", "stagger"),
+            *("audit", "audit_every", "audit_prompts", "verify"),
+        )
     ),
-    *(("reuse", key, "on", (True,)) for key in ("audit_every", "audit_prompts", "verify")),
+    ("reuse", "stagger", "siblings", (True,)),
     ("reuse", "refresh", "rule", ("held",)),
     ("reuse", "max_age", "rule", ("held",)),
     ("reuse", "rollouts", "rule", ("fresh", "held")),

@@ -33,6 +33,11 @@ class ReuseSection(Section):
     siblings: bool = Field(
         default=True, description="finished replies of the running group are drafts for the others"
     )
+    stagger: bool = Field(
+        default=False,
+        description="without old rollouts, start a problem's samples one after the other, to "
+        "follow finished ones: fewer decoded tokens, more forwards",
+    )
     refresh: float | Literal["trained"] = Field(
         default=0.25,
         description="share of held keys redrawn each epoch, or those whose rollout was trained on",

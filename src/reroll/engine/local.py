@@ -15,7 +15,6 @@ first), closes holes so that active slots stay packed at the front, and decodes 
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 from weakref import WeakValueDictionary
@@ -28,30 +27,16 @@ from reroll.engine.costs import CHUNKS, TYPICAL, Costs, Pace
 from reroll.engine.decode import Decoder
 from reroll.engine.follow import Follow
 from reroll.engine.measure import measure_costs
+from reroll.engine.pages import keep_pages
 from reroll.engine.prefill import Plan, next_rows, prefill
 from reroll.engine.redraft import Rates, Texts
 from reroll.engine.runner import Runner
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.slots import SlotCache, check_fits, layer_shapes
+from reroll.engine.speculation import Speculation
 from reroll.errors import UserError
 from reroll.model.logprobs import token_logprobs
 from reroll.types import Completion, Draft, Request
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """How drafts are used. None of it changes a token, but for requests with a `Lenience`."""
-
-    branching: bool = True
-    """several drafts of a prompt make a tree; False: each request verifies its first one alone"""
-    window: int = 64
-    """depth of a tree that one forward runs at most"""
-    choose: bool = False
-    """verify only nodes that are expected to save more than they cost"""
-    redraft: int = 1
-    """tokens a slot and tick at most, offered ones included: 1, 2, 4 or 8"""
-    siblings: bool = False
-    """what a group's members have finished is offered to those that still run or wait"""
 
 
 class LocalEngine:
@@ -76,6 +61,8 @@ class LocalEngine:
         costs: Costs = TYPICAL,
     ) -> None:
         self.runner = Runner(model, autocast)
+        if self.runner.device.type == "cpu":
+            keep_pages()
         self.capacity = capacity
         self.speculation = speculation or Speculation()
         self.costs = costs
@@ -130,8 +117,8 @@ class LocalEngine:
         events: list[Event] = []
         with self.runner.inference():
             free = self.cache.slots - len(self._running)
-            while self._waiting and free > len(self._ready):
-                events += self._prefill()
+            while self._waiting and self._starved(free - len(self._ready)):
+                events += self._prefill(free - len(self._ready))
             self._admit()
             if self._running:
                 events += self._decode()
@@ -211,14 +198,22 @@ class LocalEngine:
 
     # --- prefill --------------------------------------------------------------------------------
 
-    def _prefill(self) -> list[Event]:
+    def _starved(self, lacking: int) -> bool:
+        """Whether to prefill, with so many more free slots than ready sequences."""
+        if self.speculation.stagger and self._running and not self._waiting[0].request.drafts:
+            # these are prefilled for the free slots alone: wait until a forward serves a few
+            return lacking >= min(max(self.cache.slots // 8, 1), len(self._waiting))
+        return lacking > 0
+
+    def _prefill(self, lacking: int) -> list[Event]:
         """Run waiting requests in one forward; each is then ready, or finished."""
         started = time.perf_counter()
         chosen = self.speculation
         token = self.pace.token(self.costs, self.cache.slots)
         least = self.costs.prefill / token if chosen.choose else 0.0
         plan = Plan(self.follow, least, chosen.window, chosen.branching)
-        rows = next_rows(self._waiting, plan, self.prefill_tokens, self.prefill_rows)
+        room = lacking if chosen.stagger else len(self._waiting)
+        rows = next_rows(self._waiting, plan, self.prefill_tokens, self.prefill_rows, room)
         sequences = [sequence for row in rows for sequence in row.sequences]
         drawn = -sum(len(s.completion.token_ids) for s in sequences)
         reused = -sum(s.completion.walked for s in sequences)

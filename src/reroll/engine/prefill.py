@@ -65,14 +65,18 @@ class Plan:
         return np.flatnonzero(inside)
 
 
-def next_rows(waiting: deque[Running], plan: Plan, max_tokens: int, max_rows: int) -> list[Row]:
+def next_rows(
+    waiting: deque[Running], plan: Plan, max_tokens: int, max_rows: int, room: int
+) -> list[Row]:
     """Take requests for one forward off the queue, in order, grouped into rows.
 
     The padded forward has at most `max_tokens` tokens in `max_rows` rows; a longer row runs alone.
+    room: requests without drafts of their own are taken for so many slots only, since later ones
+    may have finished siblings to follow.
     """
     rows: dict[object, Row] = {}
     width = 0
-    while waiting:
+    while waiting and (room > 0 or waiting[0].request.drafts):
         taken = _alike(waiting, plan)
         key = _key(taken[0], plan)
         before = rows[key].sequences if key in rows else []
@@ -82,13 +86,14 @@ def next_rows(waiting: deque[Running], plan: Plan, max_tokens: int, max_rows: in
             waiting.extendleft(reversed(taken))
             break
         rows[key], width = row, wider
+        room -= len(taken)
     return list(rows.values())
 
 
 def _key(sequence: Running, plan: Plan) -> object:
     """What a row's sequences have in common."""
     given = sequence.given_tokens()
-    return given if plan.branching else (given, *map(id, sequence.drafts()[:1]))
+    return given if plan.branching else (given, *map(id, sequence.first_draft()))
 
 
 def _alike(waiting: deque[Running], plan: Plan) -> list[Running]:
@@ -104,7 +109,7 @@ def _row(sequences: list[Running], plan: Plan) -> Row:
     """A row with the tree of its sequences' drafts."""
     # drafts are mostly the group's: the same objects, taken once
     every = {id(draft): draft for s in sequences for draft in s.drafts()}
-    drafts = list(every.values()) if plan.branching else list(sequences[0].drafts()[:1])
+    drafts = list(every.values()) if plan.branching else list(sequences[0].first_draft())
     widest = max(sequences, key=lambda s: s.request.sampling.max_tokens)
     tree, given = merge([widest.rest_of(draft) for draft in drafts]), widest.given_tokens()
     if any(s.request.lenience for s in sequences):

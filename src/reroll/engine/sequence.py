@@ -55,6 +55,10 @@ class Sequence:
         """Guesses of the whole completion: the request's, and its finished siblings."""
         return self.request.drafts if self.request.lenience else self.texts.drafts
 
+    def first_draft(self) -> tuple[Draft, ...]:
+        """The one to verify where a row can have no more; empty without any."""
+        return (self.request.drafts or self.texts.drafts)[:1]
+
     def rest_of(self, draft: Draft) -> list[int]:
         """What a draft says comes next, up to its end of text; empty if it began otherwise.
 

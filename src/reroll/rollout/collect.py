@@ -79,14 +79,18 @@ def collect(
     tokens_known = 0
     waiting: dict[int, Rollout] = {}
     try:
+        requests: list[Request] = []
         for group, visit in zip(groups, visits, strict=True):
             starts = decisions.start(group.prompt, visit, spec.samples)
             for sample, start in enumerate(starts):
-                request = _request(group.prompt, sample, start, spec, len(waiting))
-                engine.submit(request)
+                requests.append(_request(group.prompt, sample, start, spec, len(requests)))
                 rollout = Rollout(group.prompt, sample, visit, key_visit=start.key_visit)
-                waiting[request.id] = rollout
+                waiting[requests[-1].id] = rollout
                 group.rollouts.append(rollout)
+        if decisions.stagger:  # a stable sort: those with drafts first, in whole groups
+            requests.sort(key=lambda r: -1 if r.drafts else waiting[r.id].sample)
+        for request in requests:
+            engine.submit(request)
         by_id = dict(waiting)
         while waiting:
             before = len(waiting)

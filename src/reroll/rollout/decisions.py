@@ -47,3 +47,6 @@ class Decisions:
 
     start: StartRule = start_plainly
     grade: GradeRule = grade_everything
+    stagger: bool = False
+    """submit one sample of each prompt after the other where there are no drafts, so that what
+    finishes first can be a draft for its siblings"""

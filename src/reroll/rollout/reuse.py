@@ -12,7 +12,7 @@ from statistics import fmean
 
 from reroll.algo.noise import share
 from reroll.config import ReuseSection
-from reroll.rollout.decisions import Graded, Start
+from reroll.rollout.decisions import Decisions, Graded, Start
 from reroll.rollout.store import Past, Store, prompt_hash
 from reroll.types import Draft, Finish, Group, Lenience, Prompt, Rollout
 
@@ -28,24 +28,28 @@ class Reuse:
         self._past: dict[int, list[Past]] = {}
         """what the store holds of this step's prompts, by dataset row"""
 
+    def decisions(self) -> Decisions:
+        """What `collect` asks."""
+        return Decisions(self.start, self.known_grade, stagger=self.config.stagger)
+
     def start(self, prompt: Prompt, visit: int, samples: int) -> list[Start]:
         """How the samples of one prompt start."""
         past = self._look_up(prompt, visit)
         if self.config.rule == "lenient":
             return [self._lenient(past, visit, sample) for sample in range(samples)]
         near = [p for p in past if p.visit >= visit - self.config.epochs]
-        drafts = tuple(_draft(p) for p in near[: self.config.rollouts])
+        drafts = _own_first(near[: self.config.rollouts], samples)
         if self.config.rule == "fresh":
-            return [Start(visit, drafts)] * samples
+            return [Start(visit, its) for its in drafts]
         return [
-            Start(self._held_visit(prompt, past, visit, sample), drafts)
-            for sample in range(samples)
+            Start(self._held_visit(prompt, past, visit, sample), its)
+            for sample, its in enumerate(drafts)
         ]
 
     def start_fresh(self, prompt: Prompt, visit: int, samples: int) -> list[Start]:
         """The same prompt's drafts for an audit: lossless whatever the rule."""
-        drafts = tuple(_draft(p) for p in self._look_up(prompt, visit)[: self.config.rollouts])
-        return [Start(visit, drafts)] * samples
+        past = self._look_up(prompt, visit)[: self.config.rollouts]
+        return [Start(visit, drafts) for drafts in _own_first(past, samples)]
 
     def known_grade(self, rollout: Rollout) -> Graded | None:
         """The grade of the same text from the same graders, unless the limit cut it."""
@@ -148,6 +152,15 @@ class Reuse:
 
 def _draft(past: Past) -> Draft:
     return Draft(past.token_ids.tolist(), past.logprobs.tolist(), past.versions.tolist())
+
+
+def _own_first(past: Sequence[Past], samples: int) -> list[tuple[Draft, ...]]:
+    """The drafts of each sample: the same ones, its own old rollouts first."""
+    drafts = [(p.sample, _draft(p)) for p in past]
+    return [
+        tuple(draft for _, draft in sorted(drafts, key=lambda pair: pair[0] != sample))
+        for sample in range(samples)
+    ]
 
 
 def _equal(past: Past, rollout: Rollout) -> bool:
