@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -52,27 +53,34 @@ def machine() -> dict[str, Any]:
 
 
 class Parts:
-    """Measured parts of one benchmark, saved one by one so that a full run can resume."""
+    """Measured parts of one benchmark, a file each, so that a full run can resume, and several
+    processes can measure parts of one."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.path = RESULTS / f"{name}.parts.json"
+        self.folder = RESULTS / f"{name}.parts"
         self.quick = args.quick
-        self.saved: dict[str, Any] = {}
-        if not args.quick and not args.fresh and self.path.exists():
-            self.saved = json.loads(self.path.read_text())
+        self.commit = commit()
+        """of the code that measures; a long run may end under a later one"""
+        self.commits: set[str] = set()
+        if args.fresh and not args.quick:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def measure(self, key: str, function: Callable[[], Any]) -> Any:
         """The saved value of `key`, or `function()`'s, saved."""
-        if key not in self.saved:
-            self.saved[key] = function()
+        path = self.folder / f"{key.replace('/', '_')}.json"
+        if not self.quick and path.exists():
+            saved = json.loads(path.read_text())
+            if saved["commit"] != self.commit:
+                print(f"{key}: measured before, at commit {saved['commit']}", flush=True)
+        else:
+            saved = {"commit": self.commit, "value": function()}
             if not self.quick:
-                RESULTS.mkdir(exist_ok=True)
-                if self.path.exists():  # others may be measuring other parts
-                    self.saved = json.loads(self.path.read_text()) | self.saved
-                temporary = self.path.with_suffix(".tmp")
-                temporary.write_text(json.dumps(self.saved))
-                temporary.replace(self.path)
-        return self.saved[key]
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(saved))
+                temporary.replace(path)
+        self.commits.add(saved["commit"])
+        return saved["value"]
 
     def finish(self, name: str, summary: dict[str, Any], seeds: Sequence[int], detail: Any) -> None:
         """Keep a full run's output in `bench/results/NAME.json`; print the last line of JSON."""
@@ -84,11 +92,11 @@ class Parts:
                 "seeds": list(seeds),
                 "machine": machine(),
                 "command": f"python -m bench.{name}",
-                "commit": commit(),
+                "commit": ", ".join(sorted(self.commits)) or self.commit,
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-            self.path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
         print(json.dumps(summary))
         sys.stdout.flush()
 

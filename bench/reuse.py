@@ -12,10 +12,12 @@ One prompt set, several epochs of GRPO-like training (Dr. GRPO, one optimizer st
 
 The first three write the same tokens by construction, so they share one training run: at every
 step each of them collects the same batch, in turn, at 32 and at 64 slots by turns, the tokens are
-compared, and the policy is trained once. (In the first epoch `fresh` has nothing to reuse and is
-left out.) The others train runs of their own on the same prompts in the same order. In every
-step each problem is also sampled afresh (`FRESH` samples, keys that nothing else uses, same
-weights): `gap` is the mean reward of the rollouts trained on minus that of the fresh.
+compared, and the policy is trained once; their rewards are equal by identity. (In the first epoch
+`fresh` has nothing to reuse and is left out.) Seconds are of the rollout phase, with look-ups,
+verification and the store's write, on one thread. The other arms train runs of their own on the
+same prompts in the same order. In every step each problem is also sampled afresh (`FRESH` samples,
+keys that nothing else uses, same weights): `gap` is the mean reward of the rollouts trained on
+minus that of the fresh.
 
 Policies: `careful` (one style, low entropy), `demo` (three styles, of which training picks one),
 `wordy` (replies over five times as long and of higher entropy; first three arms only). Figures are
@@ -28,7 +30,7 @@ of epochs 2 and later unless said. Intervals: 95 %, Student's t over seeds for r
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -39,7 +41,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from bench.common import Parts, arguments, commit, table
+from bench.common import Parts, arguments, table
 from reroll.config import Config, load_config
 from reroll.engine.base import Stats
 from reroll.engine.local import LocalEngine, Speculation
@@ -57,8 +59,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 POLICIES = Path(__file__).parent / "policies"
 FRESH = 4
 SEEDS = (0, 1, 2)
-COMMIT = commit()
-"""of the code that measures; a long run may end under a later one"""
 SLOTS = (32, 64)
 T_95 = {2: 12.706, 3: 4.303}
 LOSSY = {
@@ -70,8 +70,8 @@ LOSSY = {
 """arms with a training run of their own"""
 VARIANTS = {
     "off": Speculation(),
-    "fresh": Speculation(choose=True),
-    "redraft": Speculation(choose=True, redraft=8, siblings=True),
+    "fresh": Speculation(gate=True),
+    "redraft": Speculation(gate=True, redraft=8, siblings=True),
 }
 """arms that share a training run"""
 
@@ -190,12 +190,9 @@ class Run:
     parts: RunParts
     reuse: Reuse
     engines: dict[str, LocalEngine]
+    reference: LocalEngine
+    """samples afresh and evaluates; not measured"""
     spec: CollectSpec
-
-    @property
-    def reference(self) -> str:
-        """The engine that samples afresh and evaluates."""
-        return next(n for n in self.engines if n.endswith("/64") and not n.startswith("off"))
 
     def turn(self, step: int, first_epoch: bool) -> list[str]:
         """The engines that collect at this step; who comes first changes from step to step."""
@@ -206,26 +203,36 @@ class Run:
         first = step // len(SLOTS) % len(names)
         return names[first:] + names[:first]
 
-    def collect(self, name: str, prompts: list, visits: list, audit: bool = False) -> Collected:
-        """One collect of an arm's engine; audits are lossless on trees, whatever the arm."""
-        spec = self.spec
-        start: Callable[..., Any] = self.reuse.start
-        if audit:
-            spec, start = (
-                replace(spec, purpose=Purpose.AUDIT, samples=FRESH),
-                self.reuse.start_fresh,
-            )
-        decisions = Decisions() if name.startswith("off") and not audit else Decisions(start)
+    def collect(self, name: str, prompts: list, visits: list) -> tuple[list[Group], Reuse]:
+        """One collect of an arm's engine, and its decisions; each arm looks the past up anew."""
+        reuse = Reuse(self.config.reuse, self.reuse.store, self.config.run.seed)
+        decisions = Decisions() if name.startswith("off") else reuse.decisions()
+        collected = self._collect(self.engines[name], prompts, visits, self.spec, decisions)
+        return collected.groups, reuse
+
+    def sample_afresh(self, prompts: list, visits: list) -> list[Group]:
+        """Lossless, on keys that nothing else uses, whatever the arm."""
+        spec = replace(self.spec, purpose=Purpose.AUDIT, samples=FRESH)
+        decisions = Decisions(self.reuse.start_fresh)
+        return self._collect(self.reference, prompts, visits, spec, decisions).groups
+
+    def _collect(
+        self,
+        engine: LocalEngine,
+        prompts: list,
+        visits: list,
+        spec: CollectSpec,
+        decisions: Decisions,
+    ) -> Collected:
         parts = self.parts
-        return collect(
-            self.engines[name], parts.graders, parts.decode, prompts, visits, spec, None, decisions
-        )
+        return collect(engine, parts.graders, parts.decode, prompts, visits, spec, None, decisions)
 
 
 def train_run(setting: Setting, seed: int, arm: str) -> dict[str, Any]:
     """One training run of an arm (or of the arms that share one); figures of each epoch."""
     extra = LOSSY.get(arm, {})
-    speculations = VARIANTS if arm == "shared" else {arm: VARIANTS.get(arm, Speculation())}
+    gated = Speculation(gate=not arm.startswith("lenient"))
+    speculations = VARIANTS if arm == "shared" else {arm: VARIANTS.get(arm, gated)}
     with opened(setting, seed, extra) as (config, parts, reuse):
         spec = CollectSpec(
             Purpose.TRAIN,
@@ -233,7 +240,9 @@ def train_run(setting: Setting, seed: int, arm: str) -> dict[str, Any]:
             config.rollout.samples,
             replace(parts.sampling, temperature=config.rollout.temperature),
         )
-        run = Run(config, parts, reuse, engines_of(parts, speculations), spec)
+        engines = engines_of(parts, speculations | {"reference": Speculation(gate=True)})
+        reference = [engines.pop(f"reference/{slots}") for slots in SLOTS][-1]
+        run = Run(config, parts, reuse, engines, reference, spec)
         held_out = [held_out_reward(run)]
         epochs: list[dict[str, Any]] = []
         problems: dict[int, list[float]] = {}
@@ -246,7 +255,6 @@ def train_run(setting: Setting, seed: int, arm: str) -> dict[str, Any]:
             if (step + 1) % per_epoch == 0:
                 held_out.append(held_out_reward(run))
         return {
-            "commit": COMMIT,
             "epochs": epochs,
             "held_out": held_out,
             "problems": {str(row): gaps for row, gaps in problems.items()},
@@ -266,28 +274,35 @@ def one_step(
     seed = run.config.run.seed
     prompts, visits = stream(step * setting.batch, setting.batch, parts.task.train, seed)
     collected: dict[str, list[Group]] = {}
+    figures: dict[str, dict[str, float]] = {}
+    variants = epochs[-1]["variants"]
     for name in run.turn(step, len(epochs) == 1):
         before, started = deepcopy(run.engines[name].stats()), time.perf_counter()
-        collected[name] = run.collect(name, prompts, visits).groups
+        collected[name], past = run.collect(name, prompts, visits)
         seconds = time.perf_counter() - started
-        sums = epochs[-1]["variants"].setdefault(name, {})
-        add(sums, before, run.engines[name].stats(), seconds)
-    # any of the lossless arms, but the figures should be those of one that reuses
-    groups = next(g for name, g in sorted(collected.items()) if not name.startswith("off"))
-    figures = reuse.metrics(groups, trainer.version)
-    fresh = run.collect(run.reference, prompts, visits, audit=True).groups
+        add(variants.setdefault(name, {}), before, run.engines[name].stats(), seconds)
+        if not name.startswith("off"):
+            found = past.metrics(collected[name], trainer.version)
+            keep = ("accept_prefix", "full_reuse", "duplicates", "reuse_age")
+            figures[name.split("/")[0]] = {key: found[key] for key in keep}
+    groups = next(iter(collected.values()))
+    fresh = run.sample_afresh(prompts, visits)
     for group, again in zip(groups, fresh, strict=True):
         if epochs[1:]:
             problems.setdefault(group.prompt.row, []).append(mean_of(group) - mean_of(again))
     shares = follow_shares(groups, history)
-    started = time.perf_counter()
+    started, wrote_with = time.perf_counter(), trainer.version
     credited, _ = trainer.credit(groups)
     trainer.step(credited)
     trainer.take_work()
     train_seconds = time.perf_counter() - started
-    live = {id(c.rollout) for group in credited for c in group if c.advantages.any()}
-    reuse.remember(groups, step + 1, trainer.version, live)
-    for engine in run.engines.values():
+    live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
+    started = time.perf_counter()
+    reuse.remember(groups, step + 1, wrote_with, live)
+    for name in collected:
+        if not name.startswith("off"):
+            variants[name]["seconds"] += time.perf_counter() - started
+    for engine in [*run.engines.values(), run.reference]:
         engine.load_weights(trainer.version)
     completions = [r.completion for group in groups for r in group.rollouts]
     tokens = sum(len(c.token_ids) for c in completions)
@@ -299,7 +314,7 @@ def one_step(
         "compared": len(completions) * (len(collected) - 1),
         "entropy": -sum(sum(c.logprobs) for c in completions) / tokens,
         "length": tokens / len(completions),
-        **{k: figures[k] for k in ("accept_prefix", "full_reuse", "duplicates", "reuse_age")},
+        "reuse": figures,
         **shares,
     }
 
@@ -310,7 +325,7 @@ def add(sums: dict[str, float], before: Stats, after: Stats, seconds: float) -> 
              "tokens_drawn", "nodes_offered")  # fmt: skip
     found = {name: getattr(after, name) - getattr(before, name) for name in names}
     found |= {f"seconds_{k}": after.seconds[k] - before.seconds[k] for k in before.seconds}
-    for name, value in (found | {"seconds": seconds}).items():
+    for name, value in (found | {"seconds": seconds, "collects": 1}).items():
         sums[name] = sums.get(name, 0) + value
 
 
@@ -333,7 +348,7 @@ def held_out_reward(run: Run) -> float:
     """Mean held-out reward at temperature 1, the same keys at every evaluation."""
     parts = run.parts
     return evaluate(
-        run.engines[run.reference],
+        run.reference,
         parts.graders,
         parts.decode,
         parts.extract,
@@ -437,7 +452,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, A
     for key, (variant, figure) in RATIOS.items():
         plain = variant.replace(variant.split("/")[0], "off")
         found[key] = by_seeds(
-            [total(m, plain, figure) / total(m, variant, figure) for m in runs["shared"]]
+            [total(m, plain, figure) / max(1e-9, total(m, variant, figure)) for m in runs["shared"]]
         )
     for arm in LOSSY:
         values = [
@@ -472,50 +487,56 @@ def summarise(runs: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, A
 
 
 def show(policy: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """The tables of one policy: what the arms cost, then rewards by epoch and arm."""
-    rows = []
+    """The tables of one policy, by arm and epoch: what was spent, and rewards."""
+    spent, rewards = [], []
     for arm, measured in runs.items():
-        steps = [s for m in measured for e in later(m) for s in e["steps"]]
-        train = sum(s["train_seconds"] for s in steps) / len(measured)
+        count = len(measured[0]["epochs"])
         for name in VARIANTS if arm == "shared" else (arm,):
-            counts = [
-                f"{fmean(total(m, name, key) for m in measured):,.0f}"
-                for key in ("tokens_decoded", "tokens_verified", "ticks")
-            ]
-            kept = [f"{fmean(s[k] for s in steps):.2f}" for k in ("accept_prefix", "full_reuse")]
-            kept = ["-", "-"] if name == "off" else kept
-            duplicates = f"{fmean(s['duplicates'] for s in steps):.2f}"
-            seconds = [
-                # each number of slots has half of the steps
-                2 * fmean(total(m, f"{name}/{slots}", "seconds") for m in measured)
-                for slots in SLOTS
-            ]
-            both = [f"{x:.0f} / {x + train:.0f}" for x in seconds]
-            rows.append((name, *counts, *kept, duplicates, *both))
-    columns = ("", "decoded", "verified", "ticks", "kept", "whole", "dupl.", "s at 32", "s at 64")
-    title = f"{policy}: epochs 2 and later, mean over {len(runs['shared'])} seeds"
-    table(f"{title}; s: rollouts / with training", columns, rows)
-    rows = []
-    for arm, measured in runs.items():
-        reusing = "redraft" if arm == "shared" else arm
-        for index in range(len(measured[0]["epochs"])):
-            epochs = [m["epochs"][index] for m in measured]
-            decoded = [
-                sums["tokens_decoded"] / sums["tokens_drawn"]
-                for epoch in epochs
-                for name, sums in epoch["variants"].items()
-                if name.startswith(f"{reusing}/")
-            ]
-            rewards = [
-                fmean(mean_step(e, key) for e in epochs)
+            later_ones = [epoch for one in measured for epoch in later(one)]
+            spent.append((name, "2 and on", *costs_of(name, later_ones)))
+            for index in range(count):
+                epochs = [one["epochs"][index] for one in measured]
+                spent.append(("", index + 1, *costs_of(name, epochs)))
+        for index in range(count):
+            epochs = [one["epochs"][index] for one in measured]
+            trained_on, fresh = (
+                fmean(mean_step(epoch, key) for epoch in epochs)
                 for key in ("reward_trained_on", "reward_fresh")
-            ]
-            rewards.append(fmean(m["held_out"][index + 1] for m in measured))
-            shown = [f"{x:.3f}" for x in (*rewards, rewards[0] - rewards[1])]
-            rows.append((arm if index == 0 else "", index + 1, f"{fmean(decoded):.2f}", *shown))
-    before = fmean(m["held_out"][0] for m in runs["shared"])
-    title = f"{policy}: rewards; held-out before {before:.3f}; shared: off, fresh and redraft"
-    table(title, ("arm", "epoch", "decoded", "trained on", "fresh", "held-out", "gap"), rows)
+            )
+            held_out = fmean(one["held_out"][index + 1] for one in measured)
+            shown = [f"{x:.3f}" for x in (trained_on, fresh, held_out, trained_on - fresh)]
+            rewards.append((arm if index == 0 else "", index + 1, *shown))
+    of = f"{policy}, mean of {len(runs['shared'])} seeds"
+    columns = ("", "epoch", "decoded", "verified", "ticks", "kept", "whole", "dupl.",
+               "s at 32", "s at 64")  # fmt: skip
+    table(f"{of}: a step's costs; s: rollouts / with training, one thread", columns, spent)
+    before = fmean(one["held_out"][0] for one in runs["shared"])
+    title = f"{of}: rewards; held-out before {before:.3f}; shared: off, fresh and redraft"
+    table(title, ("", "epoch", "trained on", "fresh", "held-out", "gap"), rewards)
+
+
+def costs_of(name: str, epochs: list[dict[str, Any]]) -> list[str]:
+    """Cells of `show`: an arm's costs by step in these epochs, of both numbers of slots."""
+    sums = [{s: e["variants"].get(f"{name}/{s}") for s in SLOTS} for e in epochs]
+    every = [one for epoch in sums for one in epoch.values() if one]
+    if not every:
+        return ["-"] * 8
+    collects = sum(one["collects"] for one in every)
+    cells = [
+        f"{sum(one[key] for one in every) / collects:,.0f}"
+        for key in ("tokens_decoded", "tokens_verified", "ticks")
+    ]
+    found = [s["reuse"][name] for e in epochs for s in e["steps"] if name in s["reuse"]]
+    cells += [
+        f"{fmean(one[key] for one in found):.2f}" if found else "-"
+        for key in ("accept_prefix", "full_reuse", "duplicates")
+    ]
+    train = fmean(mean_step(epoch, "train_seconds") for epoch in epochs)
+    for slots in SLOTS:
+        those = [epoch[slots] for epoch in sums if epoch[slots]]
+        seconds = sum(one["seconds"] for one in those) / max(1, sum(o["collects"] for o in those))
+        cells.append(f"{seconds:.2f} / {seconds + train:.2f}" if those else "-")
+    return cells
 
 
 def main() -> None:

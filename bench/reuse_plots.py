@@ -42,11 +42,11 @@ def load(parts: bool) -> tuple[Detail, dict[str, Any]]:
     if not parts:
         detail = json.loads((RESULTS / "reuse.json").read_text())["detail"]
         return detail["policies"], detail["rates"]
-    saved = json.loads((RESULTS / "reuse.parts.json").read_text())
     runs: Detail = defaultdict(lambda: defaultdict(list))
     rates = {}
-    for key, run in sorted(saved.items()):
-        policy, arm, _ = key.split("/")
+    for path in sorted((RESULTS / "reuse.parts").glob("*.json")):
+        policy, arm, _ = path.stem.split("_")
+        run = json.loads(path.read_text())["value"]
         if policy.startswith("rate "):
             rates[policy[5:]] = [epoch["steps"] for epoch in run["epochs"]]
         else:

@@ -258,6 +258,25 @@ slots = 6
 cache_gb = 1.5
 prefill_tokens = 100
 prefill_rows = 4
+[reuse]
+on = true
+rule = "lenient"
+epochs = 3
+gate = false
+window = 32
+redraft = 4
+siblings = false
+lenience = 0.5
+anchor = "generator"
+delay = 2
+audit = "off"
+audit_every = 7
+audit_prompts = 3
+verify = "bfloat16"
+[store]
+epochs = 6
+max_gb = 2.5
+memory_gb = 0.0
 [algo]
 name = "ppo"
 advantage = "gae"
@@ -325,12 +344,20 @@ THE_REST = {
     "algo.kl_in": "reward",
     "correct.mode": "mask",
     "correct.max_lag": "2",
+    "reuse.on": "true",
+    "reuse.rule": "held",
+    "reuse.rollouts": "5",
+    "reuse.stagger": "true",
+    "reuse.refresh": "trained",
+    "reuse.max_age": "3",
 }
-"""what does not go together with the above"""
+CUT = {"reuse.on": "true", "reuse.rule": "lenient", "reuse.cut": "random"}
+"""what does not go together with the above, nor with each other"""
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
-    configs = [load_config(write(tmp_path, EVERYTHING)), load_config(None, THE_REST)]
+    configs = [load_config(write(tmp_path, EVERYTHING))]
+    configs += [load_config(None, flags) for flags in (THE_REST, CUT)]
     changed = {line.partition(":")[0] for c in configs for line in differences(Config(), c)}
     assert changed == {key for key, _ in settings(Config())}
     for each in (*configs, Config()):

@@ -95,6 +95,8 @@ def test_a_last_line_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
         ("algo.clip_high", "0.2", "0.25"),
         ("train.epochs", "1", "2"),
         ("lora.rank", "0", "4"),
+        ("reuse.on", "False", "True"),
+        ("store.max_gb", "4.0", "1.0"),
     ],
 )
 def test_another_configuration_is_refused_by_name_of_the_key(
@@ -125,7 +127,7 @@ def test_settings_that_change_nothing_may_change(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", Config())
     other = configured(
         run__out="elsewhere", log__samples=7, log__display="off", checkpoint__every=3,
-        checkpoint__keep_best=0, engine__cache_gb=1, grading__workers=2,
+        checkpoint__keep_best=0, engine__cache_gb=1, grading__workers=2, store__memory_gb=0,
     )  # fmt: skip
     assert RunDir(run.path).open(other) is None
 
@@ -156,7 +158,12 @@ def test_a_start_that_failed_early_does_not_claim_the_directory(tmp_path: Path) 
     run = RunDir(tmp_path / "run")
     run.open(configured(model__path="mistyped"))
     (run.path / "timeouts.txt").touch()
+    run.costs_path.touch()
+    for suffix in ("", "-wal", "-shm"):
+        run.store_path.with_name(run.store_path.name + suffix).touch()
     assert RunDir(run.path).open(configured(model__path="right")) is None
+    (run.path / "rollouts.csv").touch()
+    assert "(it holds rollouts.csv)" in refusal(run, Config())
 
 
 def test_a_claim_is_made_once(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class _Run:
             metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
             metrics |= speculation_metrics(stats, parts.engine.stats())
         if self.audit is not None and self.audit.due(step):
-            metrics |= self.audit.take(parts, groups, step)
+            metrics |= self.audit.take(parts, collected.groups, step)
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
             metrics |= self._train(groups, step, collected)
             ledger.add_engine(stats, parts.engine.stats(), parts.cost)
@@ -192,7 +192,7 @@ class _Run:
         ledger.add_forwards("train", trainer.take_work(), time.perf_counter() - started, parts.cost)
         started = time.perf_counter()
         if self.reuse is not None:
-            live = {id(c.rollout) for group in credited for c in group if c.advantages.any()}
+            live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
             self.reuse.remember(collected.groups, step, parts.engine.policy_version, live)
         parts.engine.load_weights(trainer.version)
         ledger.seconds["sync"] += time.perf_counter() - started
@@ -263,6 +263,7 @@ class _Run:
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)
             checkpoint.prune(folder, keep.keep_last, keep.keep_best)
-            if self.reuse is not None:
+            # at an interrupt it stays, or the run would go on with other drafts than without one
+            if self.reuse is not None and step % keep.every == 0:
                 self.reuse.store.evict()
         self.ledger.seconds["sync"] += time.perf_counter() - started

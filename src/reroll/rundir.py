@@ -33,7 +33,9 @@ UNCLAIMED = (
     "checkpoints",
     "timeouts.txt",
     "costs.json",
+    "costs.tmp",
     "rollouts.sqlite",
+    "rollouts.sqlite.new",
     "rollouts.sqlite-wal",
     "rollouts.sqlite-shm",
 )
@@ -94,6 +96,8 @@ class RunDir:
 
     def _same_run(self, old: Config, new: Config) -> None:
         changed = [line for line in differences(old, new) if not line.startswith(HARMLESS)]
+        if old.reuse.on and old.reuse.rule != "fresh":  # a store lets old rollouts go then
+            changed += [x for x in differences(old, new) if x.startswith("checkpoint.every")]
         if new.train.decay == "constant" and new.train.steps >= old.train.steps:
             changed = [line for line in changed if not line.startswith("train.steps")]
         if changed:

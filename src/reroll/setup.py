@@ -74,8 +74,8 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     trainer = make_trainer(config, model, autocast)
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
-    notes = [*_set_costs(config, engine, run)]
-    notes += [
+    notes = [
+        *_set_costs(config, engine, run, len(task.train)),
         *task.notes,
         f"{len(task.train)} training and {len(task.held_out)} held-out problems",
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
@@ -112,8 +112,14 @@ def open_reuse(config: Config, run: RunDir, step: int | None) -> Iterator[Reuse 
         keep_visits=limits.epochs,
         memory_gb=limits.memory_gb,
     ) as store:
+        if not run.config_path.exists() and len(store):
+            raise UserError(
+                f"{run.store_path}: holds rollouts of another run; move it away, or choose another "
+                "run.out"
+            )
         store.cut_back(step or 0)
-        store.evict()  # a kill may have come between a checkpoint and its eviction
+        if step and step % config.checkpoint.every == 0:
+            store.evict()  # a kill may have come between this checkpoint and its eviction
         digest = grader_digest(graders_of(config.task), config.task)
         yield Reuse(config.reuse, store, config.run.seed, digest)
 
@@ -137,7 +143,7 @@ def make_engine(
         speculation = Speculation(
             branching=trees,
             window=reuse.window,
-            choose=reuse.prune and reuse.rule != "lenient",
+            gate=reuse.gate and reuse.rule != "lenient",
             redraft=reuse.redraft if trees else 1,
             siblings=reuse.siblings,
             stagger=reuse.stagger,
@@ -154,11 +160,12 @@ def make_engine(
     )
 
 
-def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None) -> list[str]:
+def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None, problems: int) -> list[str]:
     """Give the engine its table of costs, the run's or one measured now; lines for the user."""
     if not config.reuse.on:
         return []
-    costs = load_costs(run.costs_path) if run else None
+    # one that a start left which then failed may be of another configuration
+    costs = load_costs(run.costs_path) if run and run.config_path.exists() else None
     if costs is None:
         if config.reuse.verify == "bfloat16" and engine.runner.autocast is None:
             engine.runner.verify = torch.bfloat16
@@ -179,7 +186,8 @@ def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None) -> list[
         notes.append(
             "reuse: this model takes no tree masks (self-check): one draft a sample, no re-drafting"
         )
-    if config.train.steps * config.rollout.prompts <= config.task.train_size:
+    once = config.train.steps * config.rollout.prompts <= problems
+    if once and not config.algo.dynamic_sampling:
         notes.append(
             "reuse: no problem comes twice in train.steps x rollout.prompts, so that siblings are "
             "the only drafts"

@@ -71,7 +71,7 @@ class Draft:
     """A past completion offered to the engine as a guess of what will be drawn."""
 
     token_ids: Sequence[int]
-    """`[D]` guessed completion tokens after the prefix"""
+    """`[D]` guessed completion tokens after the prefix, ids of the model's vocabulary"""
     logprobs: Sequence[float] = ()
     """`[D]` behaviour log-probs of whoever wrote them; needed under `Lenience` alone"""
     versions: Sequence[int] = ()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reroll.engine.costs import CHUNKS, TYPICAL, Costs, best_chunk, load_costs
+from reroll.engine.costs import CHUNKS, TYPICAL, Costs, Pace, best_chunk, load_costs
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.errors import UserError
 from reroll.types import Request, Sampling
@@ -30,6 +30,21 @@ def test_ticks_are_interpolated_between_the_measured_batches():
 def test_a_decoded_token_costs_its_share_of_a_tick():
     assert TABLE.token(4) == pytest.approx(0.5) and TABLE.token(16) == pytest.approx(5 / 16)
     assert TABLE.token(0) == TABLE.token(1) == 1
+
+
+def test_pace_is_what_decoded_tokens_have_cost_lately():
+    pace = Pace()
+    assert pace.token(TABLE, 4) == TABLE.token(4)  # nothing is known yet
+    pace.observe(2.0, 4)
+    pace.observe(1.5, 10)
+    assert pace.token(TABLE, 4) == pace.token(TABLE, 16) == 3.5 / 14
+    pace.decay()  # the rate stays, its weight halves
+    assert pace.token(TABLE, 4) == 3.5 / 14
+    pace.observe(1.0, 1)
+    assert pace.token(TABLE, 4) == pytest.approx((1.75 + 1) / (7 + 1))
+    other = Pace()
+    other.load_state(json.loads(json.dumps(pace.state())))
+    assert (other.seconds, other.tokens) == (pace.seconds, pace.tokens)
 
 
 def brute_chunk(costs: Costs, running: int, lengths, rates, chunks) -> int:
@@ -80,26 +95,40 @@ def test_best_chunk_by_hand():
 def test_save_and_load(tmp_path):
     path = tmp_path / "costs.json"
     assert load_costs(path) is None
-    for costs in (TABLE, TYPICAL):
+    for costs in (TABLE, TYPICAL, replace(TABLE, rounded=True)):
         costs.save(path)
         assert load_costs(path) == costs
     assert path.read_text().endswith("}\n")
 
 
+GOOD = {"batches": [1, 2], "ticks": [[1, 2, 3, 4], [2, 3, 4, 5]], "prefill": 0.1, "rounded": False}
+
+
+def bad(**changes) -> str:
+    return json.dumps(GOOD | changes)
+
+
 BAD = {
     "empty": "",
     "no JSON": "batches = [1]",
-    "cut off": json.dumps({"batches": [1], "ticks": [[1, 2, 3, 4]], "prefill": 0.1})[:-9],
+    "cut off": json.dumps(GOOD)[:-9],
     "null": "null",
     "a list": "[1, 2]",
-    "a missing key": json.dumps({"batches": [1], "ticks": [[1, 2, 3, 4]]}),
-    "a word for a number": json.dumps({"batches": [1], "ticks": [[1, 2, 3, 4]], "prefill": "x"}),
-    "a number for a table": json.dumps({"batches": [1], "ticks": 3, "prefill": 0.1}),
-    "a flat table": json.dumps({"batches": [1], "ticks": [1, 2, 3, 4], "prefill": 0.1}),
-    "a missing row": json.dumps({"batches": [1, 2], "ticks": [[1, 2, 3, 4]], "prefill": 0.1}),
-    "a short row": json.dumps({"batches": [1], "ticks": [[1, 2]], "prefill": 0.1}),
-    "no rows": json.dumps({"batches": [], "ticks": [], "prefill": 0.1}),
+    "a missing key": json.dumps({name: GOOD[name] for name in ("batches", "ticks", "rounded")}),
+    "a word for a number": bad(prefill="x"),
+    "a number for a table": bad(ticks=3),
+    "a flat table": bad(ticks=[1, 2, 3, 4]),
+    "a missing row": bad(ticks=[[1, 2, 3, 4]]),
+    "a short row": bad(ticks=[[1, 2, 3, 4], [1, 2]]),
+    "no rows": bad(batches=[], ticks=[]),
 }
+
+
+def test_the_good_file_is_one(tmp_path):
+    """Else the bad ones would be refused for something else."""
+    path = tmp_path / "costs.json"
+    path.write_text(bad())
+    assert load_costs(path) == Costs((1, 2), ((1.0, 2, 3, 4), (2.0, 3, 4, 5)), 0.1)
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -122,6 +151,9 @@ def test_measuring_fills_the_table_and_leaves_the_engine_as_it_was(redraft):
     costs = engine.measure()
     assert costs.batches == (1, 4, 6)
     assert len(costs.ticks) == 3 and all(len(row) == len(CHUNKS) for row in costs.ticks)
+    # more work takes no less time
+    assert all(list(row) == sorted(row) for row in [*costs.ticks, *zip(*costs.ticks, strict=True)])
+    assert not costs.rounded
     assert all(seconds > 0 for row in costs.ticks for seconds in row) and costs.prefill > 0
     stats = engine.stats()
     assert stats.ticks == stats.tokens_decoded == stats.tokens_prefilled == 0

@@ -128,7 +128,7 @@ def fresh_requests(visit: int, **how) -> list[Request]:
 def case() -> Case:
     model = small_policy()
     engine = LocalEngine(
-        model, slots=500, capacity=8, prefill_rows=500, speculation=Speculation(choose=False)
+        model, slots=500, capacity=8, prefill_rows=500, speculation=Speculation(gate=False)
     )
     p = conditional(model)
     old = sample(engine, fresh_requests(0))

@@ -1,6 +1,7 @@
 """Looking up what may come next, and how often that proves right."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,18 @@ def test_redrafts_of_members_with_a_prefix_are_counted_from_its_end():
     done = finish(engine, [request, twin])
     assert tokens(done) == {0: whole, 1: whole}
     assert done[0].accepted > 12 and done[1].accepted > 12
+    # and a tree made of a finished one begins behind the prefix as well
+    engine = engine_of(slots=2, siblings=True)
+    longer = replace(twin, id=2, key=6, sampling=Sampling(30))
+    engine.submit(twin)
+    engine.submit(longer)
+    found = {}
+    while len(found) < 3:
+        for event in engine.step():
+            found[event.completion.request_id] = event.completion
+            if event.completion.request_id == 1:
+                engine.submit(replace(twin, id=3))
+    assert found[3].token_ids == whole and found[3].walked == 19
 
 
 # --- rates --------------------------------------------------------------------------------------
@@ -206,3 +219,4 @@ def test_an_engine_goes_on_from_its_state():
     other.load_weights(1)
     assert other.follow.visits.sum() < sum(state["follow"]["visits"])
     assert other.rates.offered.sum() <= sum(state["rates"]["offered"])
+    assert 0 < other.pace.tokens < state["pace"]["tokens"]

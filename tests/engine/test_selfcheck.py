@@ -1,12 +1,14 @@
 """The start-up self-check serves what works and refuses, with the reason, what does not."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import reroll.engine.runner as runner
 from reroll.engine.masks import MaskStyle
-from reroll.engine.selfcheck import check_servable
+from reroll.engine.selfcheck import check_servable, takes_trees
 from reroll.errors import UserError
 from tests.tiny import VOCABULARY, tiny
 
@@ -66,3 +68,52 @@ def test_bfloat16_autocast_is_served_within_its_noise() -> None:
     model = tiny("qwen3", dtype=torch.float32)
     difference = check_servable(model, autocast=torch.bfloat16)
     assert 1e-6 < difference < 0.25
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral_window", "gemma3", "mixtral"])
+def test_ordinary_models_take_trees(name: str) -> None:
+    model = tiny(name)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    window = getattr(model.config, "sliding_window", None)
+    assert takes_trees(model) is True
+    assert getattr(model.config, "sliding_window", None) == window
+    assert not model.training
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_trees_are_taken_within_the_noise_of_autocast() -> None:
+    assert takes_trees(tiny("qwen3", dtype=torch.float32), torch.bfloat16) is True
+    assert takes_trees(tiny("qwen3", dtype=torch.bfloat16)) is True
+
+
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_model_that_ignores_what_makes_a_tree_takes_none(
+    ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may serve all the same: plain prefills need neither."""
+    model = tiny("qwen3")
+    forward = model.forward
+
+    def deaf(**inputs: Any) -> Any:
+        # a tick of one token has its mask and position; several queries do without
+        if inputs["input_ids"].shape[1] > 1:
+            inputs.pop(ignored, None)
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", deaf)
+    assert check_servable(model) < 1e-9
+    assert takes_trees(model) is False
+
+
+def test_a_model_whose_forward_fails_on_trees_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3")
+    forward = model.forward
+
+    def brittle(**inputs: Any) -> Any:
+        if inputs.get("attention_mask") is not None and inputs["input_ids"].shape[1] > 1:
+            raise RuntimeError("masks of several queries are not implemented")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", brittle)
+    assert check_servable(model) < 1e-9
+    assert takes_trees(model) is False

@@ -15,7 +15,7 @@ import torch
 from reroll.algo.noise import make_key
 from reroll.engine.costs import Costs
 from reroll.engine.local import LocalEngine, Speculation
-from reroll.types import Completion, Draft, Finish, Request, Sampling
+from reroll.types import Completion, Draft, Finish, Lenience, Request, Sampling
 from tests.engine.helpers import finish, finish_with_probes, tokens
 from tests.tiny import VOCABULARY, tiny
 
@@ -130,9 +130,9 @@ def test_the_standard_is_not_vacuous():
 SETTINGS = list(itertools.product([1, 2, 3, 5, 64], [False, True], [True, False]))
 
 
-@pytest.mark.parametrize(("window", "choose", "branching"), SETTINGS)
-def test_trees_change_no_token(window, choose, branching):
-    rng = random.Random(window * 4 + choose * 2 + branching)
+@pytest.mark.parametrize(("window", "gate", "branching"), SETTINGS)
+def test_trees_change_no_token(window, gate, branching):
+    rng = random.Random(window * 4 + gate * 2 + branching)
     reused = redrafted = skipped = 0
     for redraft, siblings in itertools.product([1, 2, 4, 8], [False, True]):
         requests = some_drafts(mixed_requests(2), plain_of(), rng)
@@ -141,7 +141,7 @@ def test_trees_change_no_token(window, choose, branching):
             slots=rng.choice([1, 2, 3, 5, 8, 20]),
             prefill_rows=rng.choice([1, 2, 32]),
             prefill_tokens=rng.choice([1, 20, 4096]),
-            window=window, choose=choose, branching=branching, redraft=redraft, siblings=siblings,
+            window=window, gate=gate, branching=branching, redraft=redraft, siblings=siblings,
         )  # fmt: skip
         check_same(finish(engine, requests), plain_of())
         stats = engine.stats()
@@ -151,10 +151,25 @@ def test_trees_change_no_token(window, choose, branching):
         skipped += stats.nodes_offered - nodes
         assert redraft > 1 or stats.tokens_redrafted == 0
     assert reused > 100 and redrafted > 15  # it has been at work
-    if choose or window < 5:
+    if gate or (branching and window < 5):
         assert skipped > 30
     elif window == 64:
         assert skipped == 0
+
+
+def test_more_requests_than_slots_with_siblings():
+    """Forty of three prompts, some with drafts: some wait longer, none is lost."""
+    requests = mixed_requests(3, 14)
+    plain, rng = finish(engine_of(slots=8), requests), random.Random(0)
+    drafted = [*some_drafts(requests[:14], plain, rng), *requests[14:]]
+    accepted = 0
+    for slots, redraft, stagger in ((1, 8, True), (3, 4, True), (16, 1, True), (17, 4, False)):
+        for order in (drafted, drafted[::-1]):
+            engine = engine_of(slots=slots, siblings=True, redraft=redraft, stagger=stagger)
+            done = finish(engine, order)
+            check_same(done, plain)
+            accepted += sum(c.accepted for c in done.values())
+    assert accepted > 50
 
 
 @pytest.mark.parametrize(
@@ -202,7 +217,7 @@ def test_deep_trees_in_narrow_windows_on_a_sliding_window():
     "speculation",
     [
         dict(window=2, redraft=4, siblings=True),
-        dict(window=64, siblings=True, choose=True),
+        dict(window=64, siblings=True, gate=True),
         dict(window=3, redraft=8, branching=False),
     ],
     ids=str,
@@ -303,6 +318,19 @@ def test_a_prefix_with_drafts_behind_it():
     assert engine.stats().tokens_reused > 50
 
 
+def test_a_draft_is_what_comes_behind_the_prefix():
+    whole = plain_group()[0].token_ids
+    request = replace(one_group(1)[0], prefix_ids=tuple(whole[:4]), sampling=Sampling(8))
+    for draft, walked in ((whole[4:], 7), (whole[4:7], 3), (whole[3:], 0)):
+        done = finish(engine_of(), [replace(request, drafts=(Draft(draft),))])[0]
+        assert done.token_ids == whole and done.walked == walked
+    # and so it is when some of it has been drawn already
+    half = Completion(0, whole[:6], [-1.0] * 6, [-1.0] * 6, [0] * 6, [False] * 4 + [True] * 2)
+    again = replace(request, partial=half, drafts=(Draft(whole[4:]),))
+    done = finish(engine_of(), [again])[0]
+    assert done.token_ids == whole and done.walked == 5
+
+
 def test_prompts_and_prefixes_that_meet_in_the_same_tokens():
     """(1, 2, 3) is a prompt, a prompt with a prefix, and a prompt with a partial: one row."""
     text, keys = (1, 2, 3), (50, 51, 52)
@@ -333,7 +361,7 @@ def test_prompts_and_prefixes_that_meet_in_the_same_tokens():
 
 
 @pytest.mark.parametrize("speculation", [
-    dict(), dict(window=2), dict(redraft=8), dict(window=3, redraft=4, siblings=True, choose=True),
+    dict(), dict(window=2), dict(redraft=8), dict(window=3, redraft=4, siblings=True, gate=True),
     dict(branching=False, redraft=2),
 ], ids=str)  # fmt: skip
 def test_probes_report_the_states_of_plain_forwards(speculation):
@@ -544,3 +572,63 @@ def test_other_laws_with_drafts(law):
         done = finish(engine_of(window=window, redraft=redraft), some_drafts(requests, plain, rng))
         check_same(done, plain)
         assert sum(c.accepted for c in done.values()) > 10
+
+
+def test_without_branching_no_forward_needs_a_mask(monkeypatch):
+    """However long the draft, and whatever the window: the model may be deaf to tree masks."""
+    request = Request(0, (3, 1, 4), 17, Sampling(50))
+    plain = finish(engine_of(slots=1), [request])
+    engine = engine_of(branching=False, window=4)
+    run, forwards = engine.runner.prefill, []
+    monkeypatch.setattr(engine.runner, "prefill", lambda *a: forwards.append(a[3:]) or run(*a))
+    done = finish(engine, [replace(request, drafts=(Draft(plain[0].token_ids),))])
+    check_same(done, plain)
+    assert forwards == [()] or forwards == [(None, None)]
+    assert done[0].walked == 49 and engine.stats().ticks == 0
+
+
+@pytest.mark.parametrize("bound", [64, 128, 4096])
+def test_windows_keep_to_the_bound_of_a_forward(bound, monkeypatch):
+    """Eight prompts whose drafts branch below the first window: the second one is run in parts."""
+    requests = [Request(i, (3, 1, 4 + i // 4), 50 + i, Sampling(16)) for i in range(32)]
+    plain = finish(engine_of(slots=1), requests)
+    drafted = []
+    for start in range(0, 32, 4):
+        drafts = tuple(Draft(plain[start + k].token_ids) for k in range(4))
+        wrong = tuple(Draft([*d.token_ids[:9], *range(20, 30)]) for d in drafts)
+        group = requests[start : start + 4]
+        drafted += [replace(r, drafts=drafts + wrong) for r in group]
+    engine = engine_of(window=8, prefill_tokens=bound)
+    run, sizes = engine.runner.prefill, []
+
+    def watched(rows, *others):
+        sizes.append((len(rows), max(map(len, rows))))
+        return run(rows, *others)
+
+    monkeypatch.setattr(engine.runner, "prefill", watched)
+    done = finish(engine, drafted)
+    check_same(done, plain)
+    assert all(rows == 1 or rows * width <= bound for rows, width in sizes)
+    # prompts and first windows at once, then second ones; smaller bounds take more forwards
+    assert len(sizes) == 2 if bound == 4096 else len(sizes) > 4
+    assert all(c.walked >= 14 for c in done.values())
+
+
+def test_staggered_samples_start_as_slots_become_free():
+    """Without drafts of their own, no more of a prompt than there are slots: the next ones have
+    somebody to follow."""
+    twins = [Request(i, (3, 1, 4), 17, Sampling(12)) for i in range(6)]
+    plain = finish(engine_of(slots=1), twins)
+    engine = engine_of(slots=2, siblings=True, stagger=True)
+    done = finish(engine, twins)
+    check_same(done, plain)
+    assert sorted(c.walked for c in done.values()) == [0, 0, 11, 11, 11, 11]
+
+
+def test_lenient_drafts_without_the_writers_log_probs_are_refused_at_once():
+    engine = engine_of()
+    for draft, keep in ((Draft([1, 2]), False), (Draft([1, 2], [0.0, 0.0]), True)):
+        rule = Lenience(1.0, keep_writer=keep)
+        with pytest.raises(ValueError, match="request 4: a lenient draft"):
+            engine.submit(Request(4, (3,), 1, Sampling(5), drafts=(draft,), lenience=rule))
+    assert engine.stats().waiting == 0

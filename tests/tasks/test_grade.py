@@ -6,7 +6,14 @@ import pytest
 
 from reroll.config import TaskSection
 from reroll.errors import UserError
-from reroll.tasks.grade import Grader, GraderSpec, as_reward, check_graders, resolve
+from reroll.tasks.grade import (
+    Grader,
+    GraderSpec,
+    as_reward,
+    check_graders,
+    grader_digest,
+    resolve,
+)
 
 ENTRY = {"question": "11 + 1 =", "answer": "12", "metadata": {}}
 
@@ -142,3 +149,68 @@ def test_columns_stay_as_they_are(workdir: Path) -> None:
     columns: dict[str, Any] = {"level": 2}
     user("everything")("p", "c", "a", columns)
     assert columns == {"level": 2}
+
+
+# --- digests ------------------------------------------------------------------------------------
+
+
+def digest(*names: str, weight: float = 1.0, **config: Any) -> str:
+    section = TaskSection(**{"source": "jsonl"} | config)
+    return grader_digest([GraderSpec(name, weight) for name in names], section)
+
+
+def test_a_digest_names_what_would_grade(workdir: Path) -> None:
+    (workdir / "other.py").write_text((workdir / "rewards.py").read_text() + "# another file\n")
+    digests = [
+        digest("math"),
+        digest("math", weight=0.5),
+        digest("math", answer_pattern="so (.*)"),
+        digest("math", source="reasoning_gym"),
+        digest("task", source="reasoning_gym"),
+        digest("task", source="reasoning_gym", name="spell_backward"),
+        digest("rewards:exact"),
+        digest("rewards:length"),
+        digest("other:exact"),
+        digest("math", "rewards:exact"),
+        digest("rewards:exact", "math"),
+    ]
+    assert "" not in digests
+    assert len(set(digests)) == len(digests)
+    again = [digest("math"), digest("rewards:exact"), digest("rewards:exact", "math")]
+    assert again == [digests[0], digests[6], digests[10]]
+
+
+def test_a_digest_changes_with_the_file_of_a_users_grader(workdir: Path) -> None:
+    before = digest("rewards:exact")
+    with (workdir / "rewards.py").open("a") as file:
+        file.write("\n")
+    assert before != digest("rewards:exact") != ""
+
+
+def test_a_digest_changes_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def version(package: str) -> str:
+        asked.append(package)
+        return "99.9"
+
+    before = digest("math"), digest("task", source="reasoning_gym")
+    monkeypatch.setattr("reroll.tasks.grade.version", version)
+    after = digest("math"), digest("task", source="reasoning_gym")
+    assert asked == ["math-verify", "reasoning-gym"]
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+@pytest.mark.parametrize("name", ["absent:f", "absent.below:f", "sys:exit", "space:f", ".:f"])
+def test_graders_whose_source_is_not_found_have_no_digest(name: str, workdir: Path) -> None:
+    (workdir / "space").mkdir()  # a namespace, without a file
+    assert digest(name) == ""
+    assert digest("math", name) == digest(name, "math") == ""
+
+
+def test_a_digest_runs_no_grader_and_leaves_the_path_as_it_was(workdir: Path) -> None:
+    (workdir / "loud.py").write_text("raise RuntimeError('imported')\n")
+    path = list(sys.path)
+    assert digest("loud:f") != ""
+    assert sys.path == path
+    assert "loud" not in sys.modules

@@ -180,7 +180,7 @@ _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (
     *(
         ("reuse", key, "on", (True,))
         for key in (
-            *("rule", "epochs", "rollouts", "prune", "window", "redraft", "siblings", "stagger"),
+            *("rule", "epochs", "rollouts", "gate", "window", "redraft", "siblings", "stagger"),
             *("audit", "audit_every", "audit_prompts", "verify"),
         )
     ),

@@ -20,7 +20,7 @@ class ReuseSection(Section):
     rollouts: int = Field(
         default=16, ge=1, description="drafts of a problem at most, the newest (fresh, held)"
     )
-    prune: bool = Field(
+    gate: bool = Field(
         default=True, description="verify only what is expected to save more than it costs"
     )
     window: int = Field(

@@ -5,6 +5,7 @@ counted tokens, so a resumed run decides as the run that was not interrupted.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ class Costs:
         return self.tick(max(batch, 1)) / max(batch, 1)
 
     def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        """Write as JSON, all of it or nothing."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 TYPICAL = Costs(
@@ -92,6 +95,8 @@ def load_costs(path: Path) -> Costs | None:
         saved = json.loads(path.read_text(encoding="utf-8"))
         ticks = tuple(tuple(map(float, row)) for row in saved["ticks"])
         batches, rounded = tuple(map(int, saved["batches"])), bool(saved["rounded"])
+        if not batches or [*map(len, ticks)] != [len(CHUNKS)] * len(batches):
+            raise ValueError("a row for each batch, a column for each chunk is missing")
         return Costs(batches, ticks, float(saved["prefill"]), rounded)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -57,6 +57,9 @@ class Decoder:
             drawn = self.runner.draw(logits[:, 0], self._positions, self._law)
             counts = [1] * len(running)
             self._advance(drawn.tokens, 1)
+            for (offer, which), token in zip(offers, drawn.tokens.tolist(), strict=True):
+                if offer:  # not run, but known: or a rate that has fallen would never rise again
+                    self.rates.observe(which, 1, int(offer[0] == token))
         else:
             drawn, counts = self._verify(logits, tokens, offers, chunk)
         self.pace.observe(costs.tick(len(running), chunk), sum(counts))
@@ -103,8 +106,6 @@ class Decoder:
         for (offer, source), count, offered in zip(offers, counts, sizes, strict=True):
             if offer:
                 self.rates.observe(source, offered, count)
-        self.stats.tokens_redraft_reused += sum(counts)
-        self.stats.tokens_reused += sum(counts)
         return Drawn(*(stream[kept] for stream in drawn)), [count + 1 for count in counts]
 
     def _advance(self, last: torch.Tensor, count: torch.Tensor | int) -> None:
@@ -136,7 +137,10 @@ class Decoder:
             at += count
             taken = len(sequence.completion.token_ids) - before
             self.stats.tokens_drawn += taken
-            sequence.completion.accepted += min(taken, count - 1)
+            kept = min(taken, count - 1)
+            sequence.completion.accepted += kept
+            self.stats.tokens_redraft_reused += kept
+            self.stats.tokens_reused += kept
             if states is not None:
                 events += sequence.probes(states[slot], before, taken)
         return events

@@ -18,8 +18,7 @@ from reroll.engine.walk import Walk
 
 def accept_lenient(walk: Walk, logits: torch.Tensor) -> None:
     """Let the lenient samples take what they keep of their drafts, and the token after it."""
-    live = [i for i, sample in enumerate(walk.samples) if sample.request.lenience]
-    live = [i for i in live if walk.samples[i].request.drafts and walk.samples[i].guessed()]
+    live = [i for i, s in enumerate(walk.samples) if s.request.lenience and s.guessed()]
     if not live:
         return
     samples, forest = [walk.samples[i] for i in live], walk.forest
@@ -40,7 +39,8 @@ def accept_lenient(walk: Walk, logits: torch.Tensor) -> None:
     kept = _kept(walk, live, tokens, new, lengths)
     for row, (i, sample) in enumerate(zip(live, samples, strict=True)):
         count = kept[row]
-        walk.at[i] = nodes[row, min(count, nodes.shape[1] - 1)]
+        # an ending has no node: nothing is drawn after it
+        walk.at[i] = nodes[row, : count + 1].max()
         sample.take_kept(count, new[row, :count].tolist(), walk.version)
         walk.walking[i] = False
     drawing = np.array([i for i, s in zip(live, samples, strict=True) if not s.finished], int)
@@ -59,7 +59,7 @@ def _kept(
     kept = []
     for i, index in enumerate(live):
         request = walk.samples[index].request
-        rule, done = request.lenience, walk.samples[index].done
+        rule = request.lenience
         assert rule is not None
         row = slice(i, i + 1)
         if rule.random_cut:
@@ -68,8 +68,7 @@ def _kept(
             kept.append(len(tokens[i]))
         else:
             old = np.zeros(new.shape[1])
-            writers = request.drafts[0].logprobs[done : done + len(tokens[i])]
-            old[: len(tokens[i])] = writers
+            old[: len(tokens[i])] = request.drafts[0].logprobs[: len(tokens[i])]
             ratio = torch.from_numpy(new[i] - old)[None]
             kept.append(int(lenient(ratio, chance[row], rule.factor, length[row])))
     return kept

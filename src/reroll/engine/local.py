@@ -98,6 +98,13 @@ class LocalEngine:
                 f"request {request.id}: lenient drafts need the whole tempered law: temperature "
                 "above 0, no top-k, no top-p"
             )
+        rule = request.lenience
+        for draft in request.drafts[:1] if rule else ():
+            streams = [draft.logprobs, *([draft.versions] if rule and rule.keep_writer else [])]
+            if any(len(stream) != len(draft.token_ids) for stream in streams):
+                raise ValueError(
+                    f"request {request.id}: a lenient draft needs its writer's streams"
+                )
         longest = len(request.prompt_ids) + len(request.prefix_ids) + request.sampling.max_tokens
         if not request.prompt_ids or longest > self.capacity:
             raise UserError(
@@ -210,10 +217,12 @@ class LocalEngine:
         started = time.perf_counter()
         chosen = self.speculation
         token = self.pace.token(self.costs, self.cache.slots)
-        least = self.costs.prefill / token if chosen.choose else 0.0
-        plan = Plan(self.follow, least, chosen.window, chosen.branching)
+        least = self.costs.prefill / token if chosen.gate else 0.0
+        # windows after the first need tree masks
+        window = chosen.window if chosen.branching else self.capacity
+        plan = Plan(self.follow, least, window, chosen.branching, self.prefill_tokens)
         room = lacking if chosen.stagger else len(self._waiting)
-        rows = next_rows(self._waiting, plan, self.prefill_tokens, self.prefill_rows, room)
+        rows = next_rows(self._waiting, plan, self.prefill_rows, room)
         sequences = [sequence for row in rows for sequence in row.sequences]
         drawn = -sum(len(s.completion.token_ids) for s in sequences)
         reused = -sum(s.completion.walked for s in sequences)

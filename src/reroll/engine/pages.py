@@ -15,11 +15,13 @@ _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
 
 @cache
 def keep_pages() -> bool:
-    """Let blocks up to 1 GiB come from memory that stays with the process; whether that worked."""
+    """Let blocks up to 1 GiB (else 32 MiB) come from memory that stays; whether that worked."""
     if sys.platform != "linux":
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_MMAP, 1 << 30) and mallopt(_TRIM, (1 << 31) - 1))
+    kept = mallopt(_TRIM, (1 << 31) - 1)
+    # older versions of glibc refuse more than 32 MiB
+    return bool(kept and (mallopt(_MMAP, 1 << 30) or mallopt(_MMAP, 32 << 20)))

@@ -50,7 +50,9 @@ class Plan:
     window: int
     """depth of a tree that one forward runs at most"""
     branching: bool
-    """False for models that take no tree masks: a row has one draft"""
+    """False for models that take no tree masks: a row has one draft, in one window"""
+    max_tokens: int
+    """of a padded forward; a longer row runs alone"""
 
     def nodes(self, tree: Tree, standing: np.ndarray, depth: int) -> np.ndarray:
         """Nodes from `depth` to the end of the window that are worth a forward.
@@ -65,24 +67,22 @@ class Plan:
         return np.flatnonzero(inside)
 
 
-def next_rows(
-    waiting: deque[Running], plan: Plan, max_tokens: int, max_rows: int, room: int
-) -> list[Row]:
+def next_rows(waiting: deque[Running], plan: Plan, max_rows: int, room: int) -> list[Row]:
     """Take requests for one forward off the queue, in order, grouped into rows.
 
-    The padded forward has at most `max_tokens` tokens in `max_rows` rows; a longer row runs alone.
     room: requests without drafts of their own are taken for so many slots only, since later ones
     may have finished siblings to follow.
     """
     rows: dict[object, Row] = {}
     width = 0
     while waiting and (room > 0 or waiting[0].request.drafts):
-        taken = _alike(waiting, plan)
+        taken = _alike(waiting, plan, room)
         key = _key(taken[0], plan)
         before = rows[key].sequences if key in rows else []
         row = _row([*before, *taken], plan)
         wider, count = max(width, len(row)), len(rows) + (key not in rows)
-        if rows and (count > max_rows or (count > len(rows) and count * wider > max_tokens)):
+        more = count > len(rows) or wider > width
+        if rows and (count > max_rows or (more and count * wider > plan.max_tokens)):
             waiting.extendleft(reversed(taken))
             break
         rows[key], width = row, wider
@@ -96,11 +96,13 @@ def _key(sequence: Running, plan: Plan) -> object:
     return given if plan.branching else (given, *map(id, sequence.first_draft()))
 
 
-def _alike(waiting: deque[Running], plan: Plan) -> list[Running]:
+def _alike(waiting: deque[Running], plan: Plan, room: int) -> list[Running]:
     """The requests at the head of the queue that can share a row."""
     taken = [waiting.popleft()]
     key = _key(taken[0], plan)
     while waiting and _key(waiting[0], plan) == key:
+        if len(taken) >= room and not waiting[0].request.drafts:
+            break
         taken.append(waiting.popleft())
     return taken
 
@@ -111,10 +113,14 @@ def _row(sequences: list[Running], plan: Plan) -> Row:
     every = {id(draft): draft for s in sequences for draft in s.drafts()}
     drafts = list(every.values()) if plan.branching else list(sequences[0].first_draft())
     widest = max(sequences, key=lambda s: s.request.sampling.max_tokens)
-    tree, given = merge([widest.rest_of(draft) for draft in drafts]), widest.given_tokens()
-    if any(s.request.lenience for s in sequences):
-        for sequence in sequences:
-            sequence.text = drafts.index(sequence.drafts()[0]) if sequence.drafts() else -1
+    texts, given = [widest.rest_of(draft) for draft in drafts], widest.given_tokens()
+    # each lenient one needs all of its own text, up to its own limit and stop ids
+    lenient = [s for s in sequences if s.request.lenience]
+    for sequence in lenient:
+        sequence.text = len(texts)
+        texts += [sequence.rest_of(draft) for draft in sequence.drafts()]
+    tree = merge(texts)
+    if lenient:
         return Row(sequences, given, tree, np.arange(1, len(tree)))
     standing = np.zeros(len(tree))
     standing[0] = len(sequences)
@@ -137,18 +143,38 @@ def prefill(
     walk.go(ran.logits)
     events = _probes(walk, ran) if hidden else []
     _settle(walk, rows, which, ran.cache)
-    depth = 1 + plan.window
-    # a probe needs the states of one forward, so what is probed stops at its first window
-    while not hidden and (further := _further(walk, rows, plan, depth)):
-        past = _select(ran.cache, [which.index(row) for row in further])
-        which = further
-        ran = _forward(runner, forest, rows, which, past, False)
-        walk.go(ran.logits)
-        _settle(walk, rows, which, ran.cache)
-        depth += plan.window
+    if not hidden:  # a probe needs the states of one forward: it stops at its first window
+        _go_deeper(walk, rows, which, ran.cache, plan, 1 + plan.window)
+    for index in walk.waiting():  # the token in hand stands on the tree, but was not verified
+        walk.samples[index].completion.accepted -= 1
+        walk.samples[index].completion.walked -= 1
     for index, row in enumerate(rows):
         _count(stats, row, forest.column[forest.at[index] :][: len(row.tree)] >= 0)
     return events
+
+
+def _go_deeper(
+    walk: Walk,
+    rows: Sequence[Row],
+    which: Sequence[int],
+    cache: DynamicCache,
+    plan: Plan,
+    depth: int,
+) -> None:
+    """Run the window of these rows that begins at `depth`, behind what their cache holds, as many
+    of them at once as the bound allows, and each of these forwards' own next window."""
+    further = _further(walk, rows, which, plan, depth)
+    while further:
+        widest = [
+            max(len(rows[row].nodes) for row in further[: n + 1]) for n in range(len(further))
+        ]
+        count = sum((n + 1) * width <= plan.max_tokens for n, width in enumerate(widest))
+        some, further = further[: max(count, 1)], further[max(count, 1) :]
+        past = _select(cache, [which.index(row) for row in some])
+        ran = _forward(walk.runner, walk.forest, rows, some, past, False)
+        walk.go(ran.logits)
+        _settle(walk, rows, some, ran.cache)
+        _go_deeper(walk, rows, some, ran.cache, plan, depth + plan.window)
 
 
 def _forward(
@@ -204,8 +230,10 @@ def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
     return chosen
 
 
-def _further(walk: Walk, rows: Sequence[Row], plan: Plan, depth: int) -> list[int]:
-    """Choose the nodes of the window that begins at `depth`; the rows that have any.
+def _further(
+    walk: Walk, rows: Sequence[Row], which: Sequence[int], plan: Plan, depth: int
+) -> list[int]:
+    """Choose the nodes of these rows' window that begins at `depth`; the rows that have any.
 
     Only below nodes of that depth where samples wait: those that wait higher up do so at nodes
     that were not worth it.
@@ -213,6 +241,7 @@ def _further(walk: Walk, rows: Sequence[Row], plan: Plan, depth: int) -> list[in
     further = []
     waiting = walk.waiting()
     waiting = waiting[walk.forest.depth[walk.at[waiting]] == depth]
+    waiting = waiting[np.isin(walk.row[waiting], which)]
     for index in np.unique(walk.row[waiting]).tolist():
         row = rows[index]
         at = walk.at[waiting[walk.row[waiting] == index]] - walk.forest.at[index]

@@ -70,6 +70,7 @@ class Runner:
         self.verify: torch.dtype | None = None
         """run draft trees under this autocast instead"""
         self.style = mask_style(model.config)
+        self._last = getattr(model.config, "max_position_embeddings", 1 << 40) - 1
         self._modules = list(model.modules())
         self._forwards = [] if autocast is not None else onednn_forwards(model)
 
@@ -154,10 +155,14 @@ class Runner:
         chunk = tokens.shape[1]
         cache.begin_tick(lengths, longest, chunk)
         mask = decode_mask(self.style, lengths, longest, self.autocast or self.model.dtype, chunk)
+        # what pads a chunk may lie behind the last position that the model knows
+        positions = (lengths[:, None] + torch.arange(chunk, device=self.device)).clamp(
+            max=self._last
+        )
         with hidden_states(self.model, hidden) as states:
             logits = self.model(
                 input_ids=tokens,
-                position_ids=lengths[:, None] + torch.arange(chunk, device=self.device),
+                position_ids=positions,
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,

@@ -56,8 +56,8 @@ def check_servable(
 def takes_trees(model: PreTrainedModel, autocast: torch.dtype | None = None) -> bool:
     """Whether draft trees and ticks of several tokens give what plain forwards of the model give.
 
-    Greedy replies are offered back with wrong branches beside them; the tokens must come out again
-    with the log-probs of plain forwards.
+    Greedy replies are offered back with wrong branches beside them; what comes out must have the
+    log-probs that plain forwards give it.
     """
     try:
         with _short_window(model):

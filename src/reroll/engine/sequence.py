@@ -52,11 +52,16 @@ class Sequence:
         return self._given
 
     def drafts(self) -> tuple[Draft, ...]:
-        """Guesses of the whole completion: the request's, and its finished siblings."""
-        return self.request.drafts if self.request.lenience else self.texts.drafts
+        """Guesses of the whole completion: the request's, and its finished siblings. Under lenience
+        its own first one, until it is decided how much of it is kept."""
+        if self.request.lenience:
+            return () if self.done else self.request.drafts[:1]
+        return self.texts.drafts
 
     def first_draft(self) -> tuple[Draft, ...]:
         """The one to verify where a row can have no more; empty without any."""
+        if self.request.lenience:
+            return self.drafts()
         return (self.request.drafts or self.texts.drafts)[:1]
 
     def rest_of(self, draft: Draft) -> list[int]:
@@ -72,10 +77,12 @@ class Sequence:
         return tokens[len(drawn) : min(ends, default=len(tokens))]
 
     def guessed(self) -> list[int]:
-        """The next tokens of its own draft, its end of text included, up to the limit."""
-        tokens = list(self.request.drafts[0].token_ids[: self.request.sampling.max_tokens])
-        before = self.rest_of(self.request.drafts[0])
-        return tokens[self.done : self.done + len(before) + 1] if before or not self.done else []
+        """The tokens of its own draft under lenience, its end of text included, up to the limit."""
+        if not self.drafts():
+            return []
+        (draft,) = self.drafts()
+        tokens = draft.token_ids[: self.request.sampling.max_tokens]
+        return list(tokens[: len(self.rest_of(draft)) + 1])
 
     def take_walked(
         self,

@@ -11,7 +11,7 @@ class Speculation:
     """several drafts of a prompt make a tree; False: each request verifies its first one alone"""
     window: int = 64
     """depth of a tree that one forward runs at most"""
-    choose: bool = False
+    gate: bool = False
     """verify only nodes that are expected to save more than they cost"""
     redraft: int = 1
     """tokens a slot and tick at most, offered ones included: 1, 2, 4 or 8"""

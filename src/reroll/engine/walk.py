@@ -3,7 +3,7 @@
 Where a sample stands, the model's law at that node and the sample's own noise give its next
 token. If the node has that token for a child, the sample goes on there, else it leaves with the
 right token in hand: a draft changes the time and never the tokens. Several nodes are drawn at
-once along the way that most texts took; what comes after the first surprise is thrown away.
+once along one text's way (`Tree.via`); what comes after the first surprise is thrown away.
 
 `S` samples of all rows of a forward, `A` of them on their way, `C` nodes drawn at once.
 """

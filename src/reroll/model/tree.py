@@ -33,7 +33,8 @@ class Tree:
     count: np.ndarray
     """`[N]` texts that pass through the node"""
     via: np.ndarray
-    """`[N]` a text that passes through the node and on to its likeliest child"""
+    """`[N]` a text that passes through the node: the middle one in order, so mostly one that goes
+    on to a child of many"""
     node: np.ndarray
     """`[K, D + 1]` node of each text after so many tokens, -1 beyond its end"""
 

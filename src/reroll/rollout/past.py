@@ -19,7 +19,7 @@ COLUMNS = (
     ("step", "INTEGER NOT NULL", "training step that collected it, from 1"),
     ("noise_visit", "INTEGER NOT NULL", "visit that its noise key was made with"),
     ("version", "INTEGER NOT NULL", "policy version when it was collected"),
-    ("reward", "REAL", "grade, before any policy for truncated ones; NULL: ungraded"),
+    ("reward", "REAL", "grade; NULL: ungraded, or cut by the limit"),
     ("rewards", "TEXT NOT NULL", "JSON: each grader's number"),
     ("graders", "TEXT NOT NULL", "digest of the graders; empty: unknown"),
     ("finish", "TEXT NOT NULL", "stop or length"),

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+import numpy as np
+
 from reroll.algo.noise import share
 from reroll.config import ReuseSection
 from reroll.rollout.decisions import Decisions, Graded, Start
@@ -38,9 +40,11 @@ class Reuse:
         if self.config.rule == "lenient":
             return [self._lenient(past, visit, sample) for sample in range(samples)]
         near = [p for p in past if p.visit >= visit - self.config.epochs]
-        drafts = _own_first(near[: self.config.rollouts], samples)
         if self.config.rule == "fresh":
+            drafts = _own_first(near[: self.config.rollouts], samples)
             return [Start(visit, its) for its in drafts]
+        # a held key without the text it wrote would be worth nothing: the last visit comes whole
+        drafts = _own_first(near[: max(self.config.rollouts, samples)], samples)
         return [
             Start(self._held_visit(prompt, past, visit, sample), its)
             for sample, its in enumerate(drafts)
@@ -55,9 +59,10 @@ class Reuse:
         """The grade of the same text from the same graders, unless the limit cut it."""
         if not self.graders or rollout.completion.finish is not Finish.STOP:
             return None
+        text = _packed(rollout.completion.token_ids)
         for past in self._past.get(rollout.prompt.row, ()):
             same = past.graders == self.graders and past.finish == Finish.STOP
-            if same and past.reward is not None and _equal(past, rollout):
+            if same and past.reward is not None and past.token_ids.tobytes() == text:
                 return Graded(past.reward, dict(past.rewards))
         return None
 
@@ -80,13 +85,12 @@ class Reuse:
         whole = [r for r in drafted if _whole(r)]
         ages, repeats = [], 0
         for rollout in drafted:
-            past = self._past[rollout.prompt.row]
-            repeats += any(_equal(p, rollout) for p in past)
-            walked = rollout.completion.token_ids[: rollout.completion.walked]
-            versions = [
-                p.version for p in past if walked and p.token_ids[: len(walked)].tolist() == walked
-            ]
-            ages += [version - min(versions)] if versions else []
+            past, text = self._past[rollout.prompt.row], _packed(rollout.completion.token_ids)
+            repeats += any(p.token_ids.tobytes() == text for p in past)
+            walked = rollout.completion.walked
+            begin = _packed(rollout.completion.token_ids[:walked])
+            versions = [p.version for p in past if p.token_ids[:walked].tobytes() == begin]
+            ages += [version - min(versions)] if walked and versions else []
         return {
             "drafted": len(drafted) / len(rollouts),
             "reused_tokens": sum(r.completion.accepted for r in rollouts) / max(1, sum(lengths)),
@@ -100,8 +104,9 @@ class Reuse:
         """Everything kept of a prompt's earlier visits, newest first."""
         if prompt.row not in self._past:
             name = prompt_hash(prompt.token_ids)
+            # no further than is kept for good: what has not been evicted yet must not matter
             self._past[prompt.row] = self.store.get(
-                name, prompt.row, before_visit=visit, visits=visit
+                name, prompt.row, before_visit=visit, visits=min(visit, self.store.keep_visits)
             )
         return self._past[prompt.row]
 
@@ -116,12 +121,15 @@ class Reuse:
             random_cut=config.cut == "random",
             keep_writer=config.anchor == "generator",
         )
-        return Start(visit, (_draft(own[0]),), lenience)
+        streams = own[0].token_ids, own[0].logprobs, own[0].versions
+        return Start(visit, (Draft(*(stream.tolist() for stream in streams)),), lenience)
 
     def _held_visit(self, prompt: Prompt, past: Sequence[Past], visit: int, sample: int) -> int:
         """The visit whose noise this sample gets: the last one's, unless its key is redrawn."""
         own = next((p for p in past if p.sample == sample), None)
         if own is None or visit - own.noise_visit > self.config.max_age:
+            return visit
+        if own.visit < visit - 1:  # one in between is under way in this step, on that very key
             return visit
         if self.config.refresh == "trained":
             return visit if own.trained else own.noise_visit
@@ -150,22 +158,18 @@ class Reuse:
         )
 
 
-def _draft(past: Past) -> Draft:
-    return Draft(past.token_ids.tolist(), past.logprobs.tolist(), past.versions.tolist())
-
-
 def _own_first(past: Sequence[Past], samples: int) -> list[tuple[Draft, ...]]:
     """The drafts of each sample: the same ones, its own old rollouts first."""
-    drafts = [(p.sample, _draft(p)) for p in past]
+    drafts = [(p.sample, Draft(p.token_ids.tolist())) for p in past]
     return [
         tuple(draft for _, draft in sorted(drafts, key=lambda pair: pair[0] != sample))
         for sample in range(samples)
     ]
 
 
-def _equal(past: Past, rollout: Rollout) -> bool:
-    ids = rollout.completion.token_ids
-    return len(past.token_ids) == len(ids) and past.token_ids.tolist() == ids
+def _packed(token_ids: Sequence[int]) -> bytes:
+    """As in the store, where comparing is fast."""
+    return np.array(token_ids, np.int32).tobytes()
 
 
 def _share(rollout: Rollout) -> float:

@@ -53,7 +53,7 @@ class Store:
         max_gb, keep_visits: what `evict` leaves. memory_gb: rollouts kept in memory as well. GiB.
         """
         self.path = Path(os.path.abspath(path))
-        self._max_bytes, self._keep_visits = int(max_gb * 2**30), keep_visits
+        self._max_bytes, self.keep_visits = int(max_gb * 2**30), keep_visits
         self._recent = _Recent(int(memory_gb * 2**30))
         with errors_of(self.path):
             self._db = open_file(self.path)
@@ -137,7 +137,7 @@ class Store:
             "SELECT id, prompt_hash, row, visit FROM rollouts JOIN (SELECT prompt_hash, row, "
             "max(visit) AS newest FROM rollouts GROUP BY prompt_hash, row) USING (prompt_hash, row)"
             " WHERE visit <= newest - ?",
-            (self._keep_visits,),
+            (self.keep_visits,),
         )
         return [(id, (prompt, row, visit)) for id, prompt, row, visit in rows]
 

@@ -49,6 +49,10 @@ class Credit:
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 
+    def carries_gradient(self) -> bool:
+        """Whether any token that is trained on has an advantage."""
+        return bool(self.advantages[torch.tensor(self.mask)].any())
+
 
 def graded(groups: Sequence[Group]) -> list[Rollout]:
     """The rollouts that can be trained on, in order."""
