@@ -262,16 +262,12 @@ prefill_rows = 4
 on = true
 rule = "lenient"
 epochs = 3
-gate = false
-window = 32
 redraft = 4
 siblings = false
 lenience = 0.5
 anchor = "generator"
 delay = 2
 audit = "off"
-audit_every = 7
-audit_prompts = 3
 verify = "bfloat16"
 [store]
 epochs = 6
@@ -347,6 +343,10 @@ THE_REST = {
     "reuse.on": "true",
     "reuse.rule": "held",
     "reuse.rollouts": "5",
+    "reuse.gate": "false",
+    "reuse.window": "32",
+    "reuse.audit_every": "7",
+    "reuse.audit_prompts": "3",
     "reuse.stagger": "true",
     "reuse.refresh": "trained",
     "reuse.max_age": "3",

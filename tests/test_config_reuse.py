@@ -206,7 +206,6 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "as far back as is kept, delayed": LENIENT | {
         "store.epochs": 3, "reuse.epochs": 1, "reuse.delay": 2,
     },
-    "less kept than a window of nothing": {"store.epochs": 1},
     "several writers under a token's ratio": LENIENT | {
         "reuse.anchor": "generator", "algo.name": "gspo", "algo.ratio": "token",
     },

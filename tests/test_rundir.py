@@ -96,7 +96,6 @@ def test_a_last_line_without_its_newline_is_kept_whole(tmp_path: Path) -> None:
         ("train.epochs", "1", "2"),
         ("lora.rank", "0", "4"),
         ("reuse.on", "False", "True"),
-        ("store.max_gb", "4.0", "1.0"),
     ],
 )
 def test_another_configuration_is_refused_by_name_of_the_key(
@@ -127,9 +126,23 @@ def test_settings_that_change_nothing_may_change(tmp_path: Path) -> None:
     run = begun(tmp_path / "run", Config())
     other = configured(
         run__out="elsewhere", log__samples=7, log__display="off", checkpoint__every=3,
-        checkpoint__keep_best=0, engine__cache_gb=1, grading__workers=2, store__memory_gb=0,
+        checkpoint__keep_best=0, engine__cache_gb=1, grading__workers=2,
     )  # fmt: skip
     assert RunDir(run.path).open(other) is None
+
+
+def test_what_a_run_with_a_store_may_change(tmp_path: Path) -> None:
+    for rule in ("fresh", "held"):
+        own = {"reuse__on": True, "reuse__rule": rule}
+        run = begun(tmp_path / rule, configured(**own))
+        assert RunDir(run.path).open(configured(**own, store__memory_gb=0)) is None
+        assert "(store.max_gb: 4.0 -> 1.0)" in refusal(run, configured(**own, store__max_gb=1.0))
+        # old rollouts are let go at checkpoints: lossless on fresh noise alone
+        other = configured(**own, checkpoint__every=3, checkpoint__keep_best=0)
+        if rule == "fresh":
+            assert RunDir(run.path).open(other) is None
+        else:
+            assert "(checkpoint.every: " in refusal(run, other)
 
 
 def test_more_steps_may_be_asked_for_where_the_schedule_allows_it(tmp_path: Path) -> None:

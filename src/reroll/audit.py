@@ -7,30 +7,31 @@ reward alone would hide it.
 """
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
-from reroll.algo.passk import bootstrap_interval
-from reroll.config import Config
+from scipy.stats import t as student
+
+from reroll.config import Config, ReuseSection
 from reroll.rollout.collect import CollectSpec, collect
 from reroll.rollout.decisions import Decisions
 from reroll.rollout.reuse import Reuse
-from reroll.rundir import RunDir
 from reroll.setup import Parts
 from reroll.types import Group, Purpose
 
 POOLED = 4
 """audits that a warning rests on"""
-DEVIATIONS = 2.58
-"""standard errors of their mean gap that it takes: one false alarm in a hundred"""
+FALSE_ALARMS = 0.01
+"""share of audits without a gap after which it would be given (Student's t)"""
 
 
 class Audit:
-    """Audits of one run; what earlier ones found is read from its log."""
+    """Audits of one run."""
 
-    def __init__(self, config: Config, run: RunDir, spec: CollectSpec, reuse: Reuse) -> None:
-        self.config, self.run, self.reuse = config.reuse, run, reuse
+    def __init__(self, config: Config, spec: CollectSpec, reuse: Reuse) -> None:
+        self.config, self.reuse = config.reuse, reuse
         self.spec = replace(spec, purpose=Purpose.AUDIT, label="")
 
     def due(self, step: int) -> bool:
@@ -38,7 +39,11 @@ class Audit:
         return self.config.audited and step % self.config.audit_every == 0
 
     def take(self, parts: Parts, groups: list[Group], step: int) -> dict[str, float]:
-        """Sample the batch's first problems afresh and compare; see docs/glossary.md."""
+        """Sample the batch's first problems afresh and compare; see docs/glossary.md.
+
+        groups: as collected; picking them by reward would make a gap. Without two problems to
+        compare there is no gap among the figures.
+        """
         started = time.perf_counter()
         audited = groups[: self.config.audit_prompts]
         drawn = parts.engine.stats().tokens_drawn
@@ -54,47 +59,80 @@ class Audit:
         ).groups
         pairs = [(_mean(group), _mean(again)) for group, again in zip(audited, fresh, strict=True)]
         whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-        gaps = [a - b for a, b in whole]
-        low, high = bootstrap_interval(gaps) if gaps else (0.0, 0.0)
-        return {
-            "reward_trained_on": fmean(a for a, _ in whole) if whole else 0.0,
-            "reward_fresh": fmean(b for _, b in whole) if whole else 0.0,
-            "reward_gap": fmean(gaps) if gaps else 0.0,
-            "reward_gap_low": low,
-            "reward_gap_high": high,
+        spent = {
             "tokens_audit": float(parts.engine.stats().tokens_drawn - drawn),
             "seconds_audit": time.perf_counter() - started,
         }
-
-    def warning(self, step: int) -> str | None:
-        """A line for the user when the last audits agree on a gap; None otherwise."""
-        if not self.due(step):
-            return None
-        audits = [r for r in self.run.records() if "reward_gap" in r][-POOLED:]
-        gap, error = pooled_gap(audits)
-        if abs(gap) <= DEVIATIONS * error:
-            return None
-        remedy = {
-            "held": "raise reuse.refresh, or set reuse.rule = 'fresh'",
-            "lenient": "lower reuse.lenience, or set reuse.rule = 'fresh'",
-            "fresh": "this should not happen under reuse.rule = 'fresh': please report it",
-        }[self.config.rule]
-        return (
-            f"step {step}: WARNING: rollouts trained on score {gap:+.3f} against fresh samples of "
-            f"the same policy (standard error {error:.3f}, {len(audits)} audits): the training "
-            f"reward is not the policy's; {remedy}"
-        )
+        return spent | (compare(whole) if len(whole) > 1 else {})
 
 
-def pooled_gap(audits: list[dict[str, Any]]) -> tuple[float, float]:
-    """(mean gap of these audits, its standard error, from their 95 % intervals)."""
+def compare(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Figures of an audit; pairs: mean reward trained on and of fresh samples, of each problem."""
+    gaps = [a - b for a, b in pairs]
+    error = stdev(gaps) / len(gaps) ** 0.5
+    half = error * float(student.ppf(0.975, len(gaps) - 1))
+    return {
+        "reward_trained_on": fmean(a for a, _ in pairs),
+        "reward_fresh": fmean(b for _, b in pairs),
+        "reward_gap": fmean(gaps),
+        "reward_gap_low": fmean(gaps) - half,
+        "reward_gap_high": fmean(gaps) + half,
+        "reward_gap_error": error,
+        "audited": float(len(gaps)),
+    }
+
+
+class PooledGap(NamedTuple):
+    """The mean gap of some audits."""
+
+    gap: float
+    error: float
+    """its standard error"""
+    freedom: int
+    """degrees of freedom of that"""
+
+    def half(self, chance: float) -> float:
+        """Half the width of the interval that misses the true gap with this chance."""
+        return self.error * float(student.ppf(1 - chance / 2, self.freedom))
+
+
+def pooled_gap(records: Iterable[dict[str, Any]]) -> PooledGap | None:
+    """Of those lines of metrics.jsonl that hold an audit; None without any."""
+    audits = [r for r in records if "reward_gap" in r]
     if not audits:
-        return 0.0, float("inf")
-    errors = [(r["reward_gap_high"] - r["reward_gap_low"]) / 3.92 for r in audits]
-    return (
+        return None
+    return PooledGap(
         fmean(r["reward_gap"] for r in audits),
-        sum(e * e for e in errors) ** 0.5 / len(audits),
+        sum(r["reward_gap_error"] ** 2 for r in audits) ** 0.5 / len(audits),
+        int(sum(r["audited"] - 1 for r in audits)),
     )
+
+
+def gap_warning(records: Sequence[dict[str, Any]], config: ReuseSection) -> str | None:
+    """A line for the user when the last audits agree on a gap; None otherwise.
+
+    records: lines of metrics.jsonl.
+    """
+    audits = [r for r in records if "reward_gap" in r][-POOLED:]
+    pooled = pooled_gap(audits)
+    if pooled is None or abs(pooled.gap) <= pooled.half(FALSE_ALARMS):
+        return None
+    return (
+        f"step {audits[-1]['step']}: WARNING: rollouts trained on score {pooled.gap:+.3f} against "
+        f"fresh samples of the same policy (standard error {pooled.error:.3f}, {len(audits)} "
+        f"audits): the training reward is not the policy's; {_remedy(config)}"
+    )
+
+
+def _remedy(config: ReuseSection) -> str:
+    if config.rule == "fresh":
+        return "this should not happen under reuse.rule = 'fresh': please report it"
+    milder = None
+    if config.rule == "held" and config.refresh != "trained":
+        milder = "raise reuse.refresh"
+    if config.rule == "lenient" and config.cut == "ratio":
+        milder = "lower reuse.lenience"
+    return f"{milder}, or set reuse.rule = 'fresh'" if milder else "set reuse.rule = 'fresh'"
 
 
 def _mean(group: Group) -> float | None:

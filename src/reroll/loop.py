@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
 
-from reroll.audit import Audit
+from reroll.audit import Audit, gap_warning
 from reroll.config import Config, settings
 from reroll.evaluate import evaluate
 from reroll.figures import lengths, refill_metrics, rollout_metrics, samples, speculation_metrics
@@ -86,7 +86,7 @@ class _Run:
             config.rollout.truncated,
             config.rollout.penalty,
         )
-        self.audit = Audit(config, run, self.spec, reuse) if reuse else None
+        self.audit = Audit(config, self.spec, reuse) if reuse else None
 
     def go(self, start: int | None) -> None:
         """All steps that are left, with evaluations and checkpoints when they are due."""
@@ -140,7 +140,7 @@ class _Run:
         if self.reuse is not None:
             metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
             metrics |= speculation_metrics(stats, parts.engine.stats())
-        if self.audit is not None and self.audit.due(step):
+        if self.audit is not None and self.audit.due(step) and metrics["drafted"] > 0:
             metrics |= self.audit.take(parts, collected.groups, step)
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
             metrics |= self._train(groups, step, collected)
@@ -205,7 +205,8 @@ class _Run:
         if collected.ungraded:
             first = collected.first_failure.strip().splitlines()[-1]
             self.display.say(f"step {step}: {collected.ungraded} rollouts left ungraded ({first})")
-        if self.audit is not None and (warning := self.audit.warning(step)):
+        warning = gap_warning(self.run.records(), self.config.reuse)
+        if "reward_gap" in metrics and warning:
             self.display.say(warning)
         if metrics["skipped_steps"]:
             self.display.say(f"step {step}: loss or gradient not finite, optimizer step skipped")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reroll.config import load_config
 from reroll.rundir import RunDir
 
 _PANELS = (
@@ -38,7 +39,8 @@ def plot_run(run: RunDir) -> Path | None:
     figure = Figure(figsize=(10, 3.25 * len(panels) / 2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels) // 2, 2).flatten()
-    trained_on = "rollouts trained on (reused)" if audits else "training rollouts"
+    rule = load_config(run.config_path).reuse.rule  # of fresh noise they are the policy's own
+    trained_on = "training rollouts" if rule == "fresh" else "rollouts trained on (reused)"
     for axis, (key, label) in zip(axes, panels, strict=True):
         name = trained_on if key == "reward" else None
         axis.plot([r["step"] for r in steps], [r[key] for r in steps], color="#4477aa", label=name)

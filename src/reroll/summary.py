@@ -5,7 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reroll.audit import pooled_gap
+from reroll.audit import gap_warning, pooled_gap
+from reroll.config import load_config
 from reroll.ledger import CATEGORIES
 from reroll.rundir import RunDir
 from reroll.train.checkpoint import checkpoints
@@ -26,6 +27,8 @@ def print_summary(run: RunDir, console: Console | None = None) -> dict[str, Any]
         console.print(_replies_table(steps))
     if steps and "reused_tokens" in steps[0]:
         console.print(_reuse_table(steps))
+        if warning := gap_warning(steps, load_config(run.config_path).reuse):
+            console.print(warning, style="bold red")
     newest = max(checkpoints(run.checkpoints).items(), default=None)
     console.print("Written:")
     for path in (
@@ -89,7 +92,6 @@ def _ledger_table(steps: list[dict[str, Any]]) -> Table:
 def _reuse_table(steps: list[dict[str, Any]]) -> Table:
     """What drafts saved, by fifths of the run, and what the audits found."""
     part = max(1, len(steps) // 5)
-    audits = [r for r in steps if "reward_gap" in r]
     table = Table(title="Reuse of old rollouts", title_justify="left")
     for name in ("", f"first {part} steps", f"last {part} steps"):
         table.add_column(name, justify="right" if name else "left")
@@ -101,13 +103,14 @@ def _reuse_table(steps: list[dict[str, Any]]) -> Table:
     for name, key in shares:
         ends = (sum(r[key] for r in rows) / part for rows in (steps[:part], steps[-part:]))
         table.add_row(name, *(f"{share:.2f}" for share in ends))
-    if audits:
+    if pooled := pooled_gap(steps):
         rewards = (("trained on", "reward_trained_on"), ("fresh samples", "reward_fresh"))
+        audits = [r for r in steps if "reward_gap" in r]
         for name, key in rewards:
-            ends = (audits[0][key], audits[-1][key])
-            table.add_row(f"reward, {name} (audit)", *(f"{reward:.3f}" for reward in ends))
-        gap, error = pooled_gap(audits)
-        table.add_row("mean gap of all audits", "", f"{gap:+.3f} ± {1.96 * error:.3f}")
+            cells = (f"step {r['step']}: {r[key]:.3f}" for r in (audits[0], audits[-1]))
+            table.add_row(f"reward, {name} (audit)", *cells)
+        gap = f"{pooled.gap:+.3f} ± {pooled.half(0.05):.3f}"
+        table.add_row(f"mean gap of {len(audits)} audits", "", gap)
     return table
 
 

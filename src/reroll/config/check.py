@@ -129,7 +129,22 @@ def _length(config: "Config") -> str | None:
 def _reuse(config: "Config") -> str | None:
     reuse, store = config.reuse, config.store
     if not reuse.on:
+        for key, value in store:
+            if value != getattr(type(store)(), key):
+                return f"store.{key} = {value!r}: has no effect with reuse.on = False; set that"
         return None
+    if not reuse.audited:
+        for key in ("audit_every", "audit_prompts"):
+            if (value := getattr(reuse, key)) != getattr(type(reuse)(), key):
+                return (
+                    f"reuse.{key} = {value}: has no effect with reuse.rule = {reuse.rule!r} and "
+                    f"reuse.audit = {reuse.audit!r}; set reuse.audit = 'on'"
+                )
+    elif config.rollout.prompts < 2:
+        return (
+            "rollout.prompts = 1: an audit compares at least two problems of a step; raise it, or "
+            "set reuse.audit = 'off'"
+        )
     if isinstance(reuse.refresh, float) and not 0 <= reuse.refresh <= 1:
         return f"reuse.refresh = {reuse.refresh}: a share of keys, between 0 and 1, or 'trained'"
     if reuse.epochs + reuse.delay > store.epochs:
@@ -187,7 +202,7 @@ _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (
     ("reuse", "stagger", "siblings", (True,)),
     ("reuse", "refresh", "rule", ("held",)),
     ("reuse", "max_age", "rule", ("held",)),
-    ("reuse", "rollouts", "rule", ("fresh", "held")),
+    *(("reuse", key, "rule", ("fresh", "held")) for key in ("rollouts", "gate", "window")),
     *(("reuse", key, "rule", ("lenient",)) for key in ("lenience", "anchor", "cut", "delay")),
     ("reuse", "lenience", "cut", ("ratio",)),
     ("lora", "alpha", "rank", ()),
