@@ -20,7 +20,9 @@ keys that nothing else uses, same weights): `gap` is the mean reward of the roll
 minus that of the fresh.
 
 Policies: `careful` (one style, low entropy), `demo` (three styles, of which training picks one),
-`wordy` (replies over five times as long and of higher entropy; first three arms only). Figures are
+`again` (careful, fewer problems that come again more often, at twice the learning rate: where
+self-influence shows), `wordy` (replies over five times as long and of higher entropy; one seed, the
+first three arms only). Figures are
 of epochs 2 and later unless said. Intervals: 95 %, Student's t over seeds for ratios, normal over
 (seed, problem) for differences of rewards.
 
@@ -94,10 +96,13 @@ class Setting:
 SETTINGS = {
     "careful": Setting("careful"),
     "demo": Setting("demo", rate="2e-4", terms=(5, 9)),
+    "again": Setting("careful", prompts=96, batch=24, epochs=10, rate="1e-4"),
     "wordy": Setting(
         "wordy", prompts=48, batch=24, epochs=4, terms=(7, 9), max_tokens=640, held_out=32
     ),
 }
+SUFFIX = {"careful": "", "demo": "_demo", "again": "_again", "wordy": "_wordy"}
+"""of the last line's keys"""
 RATES = {
     rate: Setting("careful", prompts=96, epochs=4, rate=rate, held_out=32)
     for rate in ("1e-5", "5e-5", "2e-4", "1e-3")
@@ -572,9 +577,10 @@ def main() -> None:
     summary: dict[str, Any] = {}
     for policy, runs in detail.items():
         show(policy, runs)
-        summary |= summarise(runs, {"careful": "", "demo": "_demo", "wordy": "_wordy"}[policy])
+        summary |= summarise(runs, SUFFIX[policy])
     if args.quick:
-        summary |= {key.replace("_demo", "_wordy"): None for key in list(summary) if "_demo" in key}
+        there = [key for key in summary if "_demo" in key]
+        summary |= {key.replace("_demo", s): None for key in there for s in ("_again", "_wordy")}
     parts.finish("reuse", summary, seeds, {"policies": detail, "rates": rates})
 
 

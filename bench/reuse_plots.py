@@ -19,7 +19,6 @@ from bench.common import RESULTS
 PICTURES = Path(__file__).parent.parent / "docs" / "techniques"
 COLOURS = {
     "shared": "#228833",
-    "off": "#888888",
     "held": "#4477aa",
     "refresh": "#66ccee",
     "lenient1": "#ccbb44",
@@ -97,7 +96,7 @@ def follow(detail: Detail, rates: dict[str, Any]) -> Figure:
     )
     names = {"on_own": "own rollout alone", "on_last": "last epoch", "on_last2": "last two",
              "on_last4": "last four"}  # fmt: skip
-    styles = {"careful": "-", "demo": "--", "wordy": ":"}
+    styles = {"careful": "-", "demo": "--", "again": "-.", "wordy": ":"}
     colours = dict(zip(names, ("#888888", "#228833", "#4477aa", "#aa3377"), strict=True))
     for policy, arms in detail.items():
         runs = arms["shared"]

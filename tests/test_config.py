@@ -94,6 +94,14 @@ MISTAKES = {
         "[[task.graders]]\nname = 'math'\n[[task.graders]]\nname = 'a:b'\nwieght = 2",
         r"task\.graders\.1\.wieght: unknown setting",
     ),
+    "a truth for a number": (
+        "[train]\nsteps = true",
+        r"train\.steps = True: should not be true or false",
+    ),
+    "a word where another one is meant": (
+        "[reuse]\non = true\nrule = 'held'\nrefresh = 'all'",
+        r"reuse\.refresh = 'all': input should be a valid number.*, or input should be 'trained'",
+    ),
     "an unknown tracker": (
         "[log]\ntrackers = ['tensorbord']",
         r"log\.trackers\.0 = 'tensorbord': input should be 'tensorboard', 'wandb' or 'trackio'",

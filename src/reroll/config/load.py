@@ -144,8 +144,13 @@ def _set(values: dict[str, Any], key: str, value: Any, flag: str) -> None:
 
 def _explain(error: ValidationError, name: str, flags: set[str]) -> str:
     """The first mistake as one line: file or flag, key, value, remedy."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    first, *others = error.errors()
+    place = first["loc"]
+    messages = [_message(first)]
+    if len(place) == 3 and isinstance(place[2], str):  # a setting of several types: one after each
+        place = place[:2]
+        messages += [_message(other) for other in others if other["loc"][:2] == place]
+    key, text = ".".join(map(str, place)), ", or ".join(messages)
     if first["type"] == "value_error":  # of settings that do not go together: it names the key
         text = str(first.get("ctx", {})["error"])
         return f"--{text}" if text.partition(" ")[0] in flags else f"{name}: {text}"
@@ -153,7 +158,11 @@ def _explain(error: ValidationError, name: str, flags: set[str]) -> str:
     where = f"--{flag}" if flag else f"{name}: {key}"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown setting{_nearest(flag or key, _all_keys())}"
-    return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{where} = {first['input']!r}: {text}"
+
+
+def _message(error: Any) -> str:
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -91,15 +91,29 @@ def grader_digest(specs: list[GraderSpec], config: TaskSection) -> str:
             package = {"task": "reasoning-gym", "math": "math-verify"}[spec.name]
             parts.append(version(package))
             continue
-        with _own_folder():
-            try:
-                found = importlib.util.find_spec(spec.name.partition(":")[0])
-            except (ImportError, ValueError):
-                found = None
-        if found is None or found.origin is None or not Path(found.origin).is_file():
+        source = _source_of(spec.name.partition(":")[0])
+        if source is None:
             return ""
-        parts.append(hashlib.sha256(Path(found.origin).read_bytes()).hexdigest())
+        parts.append(hashlib.sha256(source.read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _source_of(module: str) -> Path | None:
+    """A user's module on disk, found without importing it or its packages: that is the grader
+    processes' business."""
+    first, *rest = module.split(".")
+    with _own_folder():
+        try:
+            found = importlib.util.find_spec(first)
+        except (ImportError, ValueError):
+            found = None
+    if found is None:
+        return None
+    places = [Path(found.origin)] if found.origin else []
+    if rest:
+        folders = [Path(place).joinpath(*rest) for place in found.submodule_search_locations or ()]
+        places = [path for one in folders for path in (one.with_suffix(".py"), one / "__init__.py")]
+    return next((path for path in places if path.is_file()), None)
 
 
 @contextmanager
