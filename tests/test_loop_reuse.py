@@ -17,8 +17,9 @@ import reroll.setup
 from reroll.algo.noise import make_key
 from reroll.cli import main
 from reroll.config import ModelSection
-from reroll.engine.costs import Costs
+from reroll.engine.costs import Costs, load_costs
 from reroll.engine.local import LocalEngine
+from reroll.errors import UserError
 from reroll.loop import train
 from reroll.model.load import load_tokenizer
 from reroll.rollout.collect import NOTHING, Collected, CollectSpec, collect
@@ -625,3 +626,38 @@ def test_without_reuse_nothing_of_it_is_there(
     for line in records(path):
         assert not {"drafted", "reused_tokens", "tokens_reused", "reward_gap"} & set(line)
         assert line.get("tokens_verify", 0) == 0
+
+
+# --- what lies in the directory already ---------------------------------------------------------
+
+
+def test_rollouts_of_another_run_are_not_deleted(run: Train, project: Project) -> None:
+    first = run("first", **FRESH, train__steps=2)
+    other = project.config("other", **SHORT | FRESH)
+    folder = Path(other.run.out)
+    folder.mkdir(parents=True)
+    (folder / "rollouts.sqlite").write_bytes((first.path / "rollouts.sqlite").read_bytes())
+    with pytest.raises(UserError, match="holds rollouts of another run; move it away"):
+        train(other)
+    assert rows(folder) == rows(first.path) != []
+    # a start that failed before its first rollout leaves an empty one: no other run's
+    (folder / "rollouts.sqlite").unlink()
+    Store(folder / "rollouts.sqlite").close()
+    assert len(lines_of(train(other).path)) > 0
+
+
+def test_costs_of_a_start_that_failed_are_measured_again(
+    run: Train, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be of another model, other slots, another dtype."""
+    config = project.config("one", **SHORT | FRESH | {"train__steps": 2})
+    folder = Path(config.run.out)
+    folder.mkdir(parents=True)
+    wrong = replace(CHEAP, prefill=77.0, rounded=True)
+    wrong.save(folder / "costs.json")
+    train(config)
+    assert load_costs(folder / "costs.json") == CHEAP
+    # those of the run itself are kept
+    wrong.save(folder / "costs.json")
+    train(project.config("one", **SHORT | FRESH | {"train__steps": 3}))
+    assert load_costs(folder / "costs.json") == wrong

@@ -2,7 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
+from reroll.config import load_config, save_config
 from reroll.plot import plot_run
 from reroll.rundir import RunDir
 
@@ -55,3 +57,31 @@ def test_intervals_of_no_width(bounds: tuple[float, float, float], tmp_path: Pat
 
 def test_no_evaluations(tmp_path: Path) -> None:
     assert plot_run(run_with(tmp_path, [train(1)])) is not None
+
+
+@pytest.mark.parametrize(
+    ("rule", "audit", "labels"),
+    [
+        ("fresh", "auto", ["training rollouts"]),
+        ("fresh", "on", ["training rollouts", "fresh samples (audit)"]),
+        ("held", "auto", ["rollouts trained on (reused)", "fresh samples (audit)"]),
+        ("lenient", "off", ["rollouts trained on (reused)"]),
+    ],
+)
+def test_what_reused_rollouts_earn_is_not_called_the_policys(
+    rule: str, audit: str, labels: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"reuse.on": "true", "reuse.rule": rule, "reuse.audit": audit}
+    config = load_config(None, flags)
+    reuse = {"reused_tokens": 0.5, "duplicates": 0.25}
+    audited = {"reward_gap": 0.1, "reward_fresh": 0.4} if config.reuse.audited else {}
+    run = run_with(tmp_path, [train(1) | reuse, train(2) | reuse | audited])
+    save_config(config, run.config_path)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    plot_run(run)
+    axes = drawn[0].axes
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == labels
+    assert [axis.get_ylabel() for axis in axes[4:]] == [
+        "share of tokens taken from drafts", "share of rollouts written before",
+    ]  # fmt: skip

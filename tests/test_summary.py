@@ -1,8 +1,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from reroll.config import load_config, save_config
 from reroll.ledger import CATEGORIES
 from reroll.rundir import RunDir
 from reroll.summary import evaluation_table, print_summary
@@ -71,3 +73,26 @@ def test_a_run_with_nothing_in_it(tmp_path: Path) -> None:
 def test_a_single_evaluation_has_one_column() -> None:
     table = evaluation_table({**held_out(3, 0.5), "target": "x", "step": 3})
     assert [str(column.header) for column in table.columns] == ["", "result"]
+
+
+@pytest.mark.parametrize(("gap", "warned"), [(0.3, True), (0.02, False)])
+def test_reuse_and_its_audits(gap: float, warned: bool, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    save_config(load_config(None, {"reuse.on": "true", "reuse.rule": "held"}), run.config_path)
+    for step in range(1, 11):
+        shares = {"reused_tokens": step / 25, "full_reuse": step / 50, "duplicates": 0.0}
+        audit = {
+            "reward_trained_on": 0.5 + gap, "reward_fresh": 0.5, "reward_gap": gap,
+            "reward_gap_error": 0.05, "audited": 8.0,
+        }  # fmt: skip
+        run.log(train(step) | shares | (audit if step % 5 == 0 else {}))
+    _, text = printed(run)
+    table = rows(text)
+    assert table["tokens taken from drafts"] == ["0.06", "0.38"]
+    assert table["rollouts reused whole"] == ["0.03", "0.19"]
+    assert table["reward, trained on (audit)"] == [
+        f"step 5: {0.5 + gap:.3f}", f"step 10: {0.5 + gap:.3f}",
+    ]  # fmt: skip
+    # two audits of eight problems: error .05 / sqrt(2), Student's t of 14 degrees of freedom 2.145
+    assert table["mean gap of 2 audits"] == ["", f"{gap:+.3f} ± 0.076"]
+    assert ("WARNING: rollouts trained on score" in text) == warned

@@ -39,8 +39,7 @@ def plot_run(run: RunDir) -> Path | None:
     figure = Figure(figsize=(10, 3.25 * len(panels) / 2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels) // 2, 2).flatten()
-    rule = load_config(run.config_path).reuse.rule  # of fresh noise they are the policy's own
-    trained_on = "training rollouts" if rule == "fresh" else "rollouts trained on (reused)"
+    trained_on = "rollouts trained on (reused)" if _biased(run) else "training rollouts"
     for axis, (key, label) in zip(axes, panels, strict=True):
         name = trained_on if key == "reward" else None
         axis.plot([r["step"] for r in steps], [r[key] for r in steps], color="#4477aa", label=name)
@@ -55,6 +54,14 @@ def plot_run(run: RunDir) -> Path | None:
     path = run.path / "curves.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+def _biased(run: RunDir) -> bool:
+    """Whether what the run trained on need not be what its policy writes."""
+    if not run.config_path.exists():
+        return False
+    reuse = load_config(run.config_path).reuse
+    return reuse.on and reuse.rule != "fresh"
 
 
 def _held_out(axis: Any, evaluations: Sequence[dict[str, Any]]) -> None:

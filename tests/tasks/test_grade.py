@@ -214,3 +214,15 @@ def test_a_digest_runs_no_grader_and_leaves_the_path_as_it_was(workdir: Path) ->
     assert digest("loud:f") != ""
     assert sys.path == path
     assert "loud" not in sys.modules
+
+
+def test_a_digest_of_a_grader_in_a_package_imports_nothing(workdir: Path) -> None:
+    """The package runs in the grader processes alone."""
+    (workdir / "loudly" / "inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/__init__.py", "inner/graders.py"):
+        (workdir / "loudly" / name).write_text("raise RuntimeError('imported')\n")
+    found = digest("loudly.inner.graders:f")
+    assert found != "" and digest("loudly.inner:f") not in ("", found)
+    (workdir / "loudly" / "inner" / "graders.py").write_text("def f(): ...\n")
+    assert digest("loudly.inner.graders:f") not in ("", found)
+    assert not [name for name in sys.modules if name.startswith("loudly")]
