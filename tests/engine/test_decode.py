@@ -13,7 +13,8 @@ from reroll.algo.noise import make_key
 from reroll.engine.base import Finished
 from reroll.engine.costs import CHUNKS, TYPICAL, Costs, best_chunk
 from reroll.engine.local import LocalEngine, Speculation
-from reroll.engine.redraft import Rates, Texts
+from reroll.engine.redraft import Texts, count_rates
+from reroll.engine.shares import Shares
 from reroll.types import Completion, Draft, Finish, Request, Sampling
 from tests.engine.helpers import finish, tokens
 from tests.engine.test_trees import CHEAP, check_same, engine_of, tiny_model
@@ -59,12 +60,12 @@ class Booked:
 
 def loop_over(
     requests: list[Request], plain: dict[int, Completion], costs: Costs, most: int
-) -> tuple[Booked, Rates]:
+) -> tuple[Booked, Shares]:
     """All run at once from their first token on, which no tree has helped to."""
     texts: dict[tuple[int, ...], Texts] = {}
     for request in requests:
         texts.setdefault(request.prompt_ids, Texts()).add(request.drafts)
-    rates, booked = Rates(), Booked()
+    rates, booked = count_rates(), Booked()
     drawn = {request.id: 1 for request in requests}
     while running := [r for r in requests if drawn[r.id] < len(plain[r.id].token_ids)]:
         offers = {}
@@ -72,7 +73,7 @@ def loop_over(
             done = plain[r.id].token_ids[: drawn[r.id]]
             room = r.sampling.max_tokens - len(done) - 1
             offers[r.id] = texts[r.prompt_ids].propose(done, min(most - 1, room))
-        there = [(len(o), rates.rate(which)) for o, which in offers.values() if o]
+        there = [(len(o), min(0.99, rates.of(which))) for o, which in offers.values() if o]
         chunk = 1
         if there:
             chunks = [c for c in CHUNKS if c <= most]
@@ -82,11 +83,13 @@ def loop_over(
         seen = []
         for r in running:
             offer, which = offers[r.id]
-            offer = offer[: chunk - 1]
+            shown, offer = offer, offer[: chunk - 1]
             reply, at = plain[r.id].token_ids, drawn[r.id]
             right = next((n for n, token in enumerate(offer) if token != reply[at + n]), len(offer))
-            if offer:
-                seen.append((which, len(offer), right))
+            if shown and chunk == 1:  # the next token tells of the first one anyway
+                seen.append((which, 1, int(shown[0] == reply[at])))
+            elif offer:
+                seen.append((which, right + (right < len(offer)), right))
             length = len(r.prompt_ids) + at  # seen by the last token, itself included
             booked.decoded += 1
             booked.context_decode += length
@@ -95,7 +98,7 @@ def loop_over(
             booked.reused += right
             drawn[r.id] += right + 1
         for offer in seen:
-            rates.observe(*offer)
+            rates.add(*offer)
     return booked, rates
 
 
@@ -123,8 +126,8 @@ def test_ticks_and_counters_are_those_of_a_loop_over_the_replies(most, costs):
         assert stats.context["verify"] == booked.context_verify
         total = sum(len(c.token_ids) for c in plain.values())
         assert stats.tokens_drawn == total == 6 + booked.decoded + booked.reused
-        assert engine.rates.offered == pytest.approx(rates.offered)
-        assert engine.rates.accepted == pytest.approx(rates.accepted)
+        assert engine.rates.trials == pytest.approx(rates.trials)
+        assert engine.rates.hits == pytest.approx(rates.hits)
         assert engine.pace.seconds == pytest.approx(booked.seconds)
         assert engine.pace.tokens == booked.decoded + booked.reused
 
@@ -184,7 +187,7 @@ def test_bad_guesses_are_given_up():
     engine = engine_of(slots=1, redraft=2, costs=costs)
     check_same(finish(engine, [replace(request, drafts=drafts)]), plain)
     assert engine.stats().tokens_redrafted == 3 and engine.stats().tokens_redraft_reused == 0
-    assert engine.rates.rate(3) < 10 / 23  # still counted: the next token tells
+    assert engine.rates.of(3) < 10 / 23  # still counted: the next token tells
 
 
 def test_a_rate_that_has_fallen_rises_again():
@@ -192,10 +195,22 @@ def test_a_rate_that_has_fallen_rises_again():
     plain = finish(engine_of(slots=1), [request])
     costs = Costs((1, 64), ((1.0, 1.45, 9.0, 9.0),) * 2, 0.1)
     engine = engine_of(slots=1, redraft=2, costs=costs)
-    engine.rates.accepted[:] = 1.0  # 1 of 20
+    engine.rates.hits[:] = 1.0  # 1 of 20
     drafts = (Draft([60, *plain[0].token_ids]),)
     check_same(finish(engine, [replace(request, drafts=drafts)]), plain)
-    assert engine.rates.rate(0) > 0.45 and engine.stats().tokens_redraft_reused > 10
+    assert engine.rates.of(0) > 0.45 and engine.stats().tokens_redraft_reused > 10
+
+
+@pytest.mark.filterwarnings("error")
+def test_offers_that_never_failed():
+    """A share of one has no sum of its powers; it is not believed."""
+    request = Request(0, (3, 1, 4), 17, Sampling(28))
+    plain = finish(engine_of(slots=1), [request])
+    engine = engine_of(slots=1, redraft=8)
+    engine.rates.hits[:] = engine.rates.trials
+    done = finish(engine, [replace(request, drafts=(Draft([60, *plain[0].token_ids]),))])
+    check_same(done, plain)
+    assert done[0].accepted > 20
 
 
 def test_a_stop_id_inside_an_offer_ends_the_sequence_there():

@@ -1,29 +1,25 @@
 """How samples are expected to spread over a tree, and which nodes that makes worth a forward."""
 
-import json
-from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reroll.engine.follow import Follow, expected_visits
+from reroll.engine.follow import bin_of, count_follow, expected_visits
 from reroll.engine.prefill import Plan
+from reroll.engine.shares import Shares
 from reroll.model.tree import Tree, merge
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=9)
 RATES = (0.9, 0.5, 1.0, 0.25, 0.7, 0.8, 0.95)
 
 
-def follow_of(rates=RATES) -> Follow:
-    follow = Follow()
-    follow.visits = np.full(7, 100.0)
-    follow.stays = np.array(rates) * 100
-    return follow
+def follow_of(rates=RATES) -> Shares:
+    return Shares(rates, 100.0)
 
 
-def brute_visits(tree: Tree, follow: Follow, standing: np.ndarray, depth: int) -> np.ndarray:
+def brute_visits(tree: Tree, follow: Shares, standing: np.ndarray, depth: int) -> np.ndarray:
     """Down from the standing samples: on in the tree at the rate, to a child by its texts."""
     visits = np.zeros(len(tree))
     for node in range(len(tree)):  # parents come first
@@ -31,7 +27,7 @@ def brute_visits(tree: Tree, follow: Follow, standing: np.ndarray, depth: int) -
             visits[node] = standing[node]
         elif tree.depth[node] > depth:
             above = tree.parent[node]
-            on = follow.rate(tree.count[[above]])[0]
+            on = follow.of(bin_of(tree.count[[above]]))[0]
             visits[node] = visits[above] * on * tree.count[node] / tree.count[above]
     return visits
 
@@ -74,53 +70,8 @@ def test_expected_visits_by_hand():
 def test_rates_by_powers_of_two():
     bins = [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 8, *[5] * 16, 6, 6, 6]
     counts = np.array([*range(1, 33), 33, 1000, 10**6])
-    assert follow_of().rate(counts).tolist() == [RATES[b] for b in bins]
-
-
-def test_observe_counts_those_who_came_and_those_who_stayed():
-    follow = Follow()
-    assert follow.rate(np.array([1, 2, 8])) == pytest.approx(0.97)  # assumed, before any count
-    before = Counter({0: 50.0, 1: 50.0, 3: 50.0})
-    follow.observe(np.array([1, 1, 2, 7, 7, 7]), np.array([True, False, True, False, False, True]))
-    after = {0: (52, 48.5 + 1), 1: (51, 48.5 + 1), 2: (50, 48.5), 3: (53, 48.5 + 1)}
-    for index, (visits, stays) in after.items():
-        assert follow.visits[index] == visits and follow.stays[index] == pytest.approx(stays)
-        assert visits >= before[index]
-    follow.observe(np.array([], int), np.array([], bool))
-    assert follow.visits.tolist() == [52, 51, 50, 53, 50, 50, 50]
-
-
-def test_many_counts_outweigh_the_assumption():
-    follow = Follow()
-    follow.observe(np.full(10_000, 4), np.arange(10_000) % 4 == 0)
-    assert follow.rate(np.array([4]))[0] == pytest.approx((2500 + 48.5) / 10_050)
-    assert follow.rate(np.array([1]))[0] == pytest.approx(0.97)
-
-
-def test_decay_fades_counts_but_keeps_rates_and_a_few():
-    follow = Follow()
-    follow.observe(np.array([1] * 950 + [2] * 5), np.array([False] * 950 + [True] * 5))
-    rates = follow.rate(np.array([1, 2, 4]))
-    follow.decay()
-    assert follow.rate(np.array([1, 2, 4])) == pytest.approx(rates)
-    assert follow.visits[0] == pytest.approx(0.8 * 1000)
-    assert follow.visits[1] == pytest.approx(50)  # 0.8 * 55 is fewer than the few
-    assert follow.visits[2] == 50
-    for _ in range(100):
-        follow.decay()
-    assert follow.visits == pytest.approx(50)
-    assert follow.rate(np.array([1, 2, 4])) == pytest.approx(rates)
-
-
-def test_state_goes_through_json():
-    follow = Follow()
-    follow.observe(np.array([1, 3, 3, 9]), np.array([True, False, True, True]))
-    other = Follow()
-    other.load_state(json.loads(json.dumps(follow.state())))
-    assert other.visits.tolist() == follow.visits.tolist()
-    assert other.stays.tolist() == follow.stays.tolist()
-    other.observe(np.array([1]), np.array([True]))  # and goes on counting, on its own
-    assert other.visits[0] == follow.visits[0] + 1
+    assert bin_of(counts).tolist() == bins
+    assert count_follow().of(bin_of(counts)) == pytest.approx(0.97)  # before any count
 
 
 # --- which nodes are verified -------------------------------------------------------------------

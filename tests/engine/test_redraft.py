@@ -3,13 +3,12 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reroll.algo.noise import make_key
-from reroll.engine.redraft import SIZES, Rates, Texts
+from reroll.engine.redraft import SIZES, Texts
 from reroll.types import Draft, Request, Sampling
 from tests.engine.helpers import finish, tokens
 from tests.engine.test_trees import check_same, engine_of
@@ -157,51 +156,6 @@ def test_redrafts_of_members_with_a_prefix_are_counted_from_its_end():
     assert found[3].token_ids == whole and found[3].walked == 19
 
 
-# --- rates --------------------------------------------------------------------------------------
-
-
-def test_rates_count_up_to_the_first_refusal():
-    rates = Rates()
-    assert [rates.rate(which) for which in range(4)] == pytest.approx([0.9, 0.8, 0.7, 0.5])
-    rates.observe(1, 7, 3)  # three right, the fourth wrong, the rest not tried
-    rates.observe(1, 2, 2)
-    rates.observe(3, 1, 0)
-    assert rates.offered.tolist() == [20, 26, 20, 21]
-    assert rates.accepted == pytest.approx([18, 16 + 5, 14, 10])
-    assert rates.rate(1) == pytest.approx(21 / 26)
-    assert rates.rate(3) == pytest.approx(10 / 21)
-
-
-def test_rates_stay_below_one():
-    rates = Rates()
-    rates.observe(0, 10**6, 10**6)
-    assert rates.rate(0) == 0.99
-
-
-def test_rates_fade_when_the_policy_changes():
-    rates = Rates()
-    rates.observe(2, 180, 180)
-    rates.observe(3, 1, 1)
-    before = [rates.rate(which) for which in range(4)]
-    rates.decay()
-    assert [rates.rate(which) for which in range(4)] == pytest.approx(before)
-    assert rates.offered == pytest.approx([20, 20, 160, 20])
-    for _ in range(50):
-        rates.decay()
-    assert rates.offered == pytest.approx(20)
-    assert [rates.rate(which) for which in range(4)] == pytest.approx(before)
-
-
-def test_rates_go_through_json():
-    rates, other = Rates(), Rates()
-    rates.observe(0, 5, 2)
-    other.load_state(json.loads(json.dumps(rates.state())))
-    assert np.array_equal(other.offered, rates.offered)
-    assert np.array_equal(other.accepted, rates.accepted)
-    other.observe(0, 1, 1)
-    assert other.offered[0] == rates.offered[0] + 1
-
-
 def test_an_engine_goes_on_from_its_state():
     """What has been counted comes back, and new weights let it fade."""
     plain = finish(engine_of(slots=1), [Request(0, (3, 1, 4), 5, Sampling(20))])[0]
@@ -217,6 +171,6 @@ def test_an_engine_goes_on_from_its_state():
     other.load_state(state)
     assert other.state() == state
     other.load_weights(1)
-    assert other.follow.visits.sum() < sum(state["follow"]["visits"])
-    assert other.rates.offered.sum() <= sum(state["rates"]["offered"])
+    assert other.follow.trials.sum() < sum(state["follow"]["trials"])
+    assert other.rates.trials.sum() <= sum(state["rates"]["trials"])
     assert 0 < other.pace.tokens < state["pace"]["tokens"]

@@ -16,7 +16,7 @@ import torch
 from reroll.algo.noise import make_key
 from reroll.algo.sample import draw
 from reroll.engine.costs import Costs
-from reroll.engine.follow import Follow
+from reroll.engine.follow import count_follow
 from reroll.engine.redraft import Texts
 from reroll.engine.runner import make_law
 from reroll.engine.sequence import Sequence
@@ -105,7 +105,7 @@ def test_walking_equals_drawing_one_by_one(window):
         samples, texts = make_samples(seed, random.Random(seed))
         trees = [merge(part) for part in texts]
         forest, spelled = Forest(trees), texts_of(trees)
-        walk = Walk(TableRunner(), forest, samples, 5, Follow())
+        walk = Walk(TableRunner(), forest, samples, 5, count_follow())
         names = [sorted(map(tuple, part)) for part in spelled]
         rows = np.concatenate([np.full(len(tree), r) for r, tree in enumerate(trees)])
         every = [text for part in spelled for text in part]
@@ -160,8 +160,8 @@ def test_follow_counts_every_draw_that_could_go_on():
         # as the engine has them: up to the ending, which is drawn
         texts = [[text[: [*text, 4].index(4)] for text in part] for part in texts]
         trees = [merge(part) for part in texts]
-        forest, follow = Forest(trees), Follow()
-        visits, stays = follow.visits.copy(), follow.stays.copy()
+        forest, follow = Forest(trees), count_follow()
+        visits, stays = follow.trials.copy(), follow.hits.copy()
         for row, sample in samples:
             node, tree = 0, trees[row]
             drawn = one_by_one(seed, row, sample.request, len(sample.completion.token_ids))
@@ -179,8 +179,8 @@ def test_follow_counts_every_draw_that_could_go_on():
         forest.logit[:] = np.arange(len(forest.logit))
         every = [(r, text) for r, part in enumerate(texts_of(trees)) for text in part]
         walk.go(torch.from_numpy(np.stack([logits_after(seed, *place) for place in every])))
-        assert follow.visits.tolist() == visits.tolist()
-        assert follow.stays == pytest.approx(stays)
+        assert follow.trials.tolist() == visits.tolist()
+        assert follow.hits == pytest.approx(stays)
         total += visits.sum() - 350
     assert total > 150
 

@@ -11,21 +11,23 @@ from reroll.algo.accept import lossless
 from reroll.algo.sample import Drawn
 from reroll.engine.base import Probed, Stats
 from reroll.engine.costs import CHUNKS, Costs, Pace, best_chunk
-from reroll.engine.redraft import Rates
 from reroll.engine.runner import Runner, make_law, take
 from reroll.engine.sequence import Sequence as Running
+from reroll.engine.shares import Shares
 from reroll.engine.slots import SlotCache
 
 Offer = tuple[list[int], int]
 """(tokens that may come next, which match size found them; -1: none)"""
 _NOTHING: Offer = ([], -1)
+_SURE = 0.99
+"""no rate is believed to be higher"""
 
 
 class Decoder:
     """The per-slot tensors of the running sequences, and the ticks over them."""
 
     def __init__(
-        self, runner: Runner, cache: SlotCache, rates: Rates, pace: Pace, stats: Stats
+        self, runner: Runner, cache: SlotCache, rates: Shares, pace: Pace, stats: Stats
     ) -> None:
         self.runner, self.cache, self.stats = runner, cache, stats
         self.rates, self.pace = rates, pace
@@ -59,7 +61,7 @@ class Decoder:
             self._advance(drawn.tokens, 1)
             for (offer, which), token in zip(offers, drawn.tokens.tolist(), strict=True):
                 if offer:  # not run, but known: or a rate that has fallen would never rise again
-                    self.rates.observe(which, 1, int(offer[0] == token))
+                    self.rates.add(which, 1, int(offer[0] == token))
         else:
             drawn, counts = self._verify(logits, tokens, offers, chunk)
         self.pace.observe(costs.tick(len(running), chunk), sum(counts))
@@ -79,7 +81,7 @@ class Decoder:
             room = sequence.request.sampling.max_tokens - sequence.done - 1
             offer = sequence.texts.propose(done, min(most - 1, room)) if room > 0 else _NOTHING
             offers.append(offer)
-        there = [(len(o), self.rates.rate(which)) for o, which in offers if o]
+        there = [(len(o), min(_SURE, float(self.rates.of(which)))) for o, which in offers if o]
         if not there:
             return 1, offers
         lengths, rates = zip(*there, strict=True)
@@ -105,7 +107,8 @@ class Decoder:
         counts = accepted.tolist()
         for (offer, source), count, offered in zip(offers, counts, sizes, strict=True):
             if offer:
-                self.rates.observe(source, offered, count)
+                # the first refusal ends it: what comes after was not tried
+                self.rates.add(source, count + (count < offered), count)
         return Drawn(*(stream[kept] for stream in drawn)), [count + 1 for count in counts]
 
     def _advance(self, last: torch.Tensor, count: torch.Tensor | int) -> None:

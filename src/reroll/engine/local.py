@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 from reroll.engine.base import Capabilities, Event, Finished, Stats
 from reroll.engine.costs import CHUNKS, TYPICAL, Costs, Pace
 from reroll.engine.decode import Decoder
-from reroll.engine.follow import Follow
+from reroll.engine.follow import count_follow
 from reroll.engine.measure import measure_costs
 from reroll.engine.pages import keep_pages
 from reroll.engine.prefill import Plan, next_rows, prefill
-from reroll.engine.redraft import Rates, Texts
+from reroll.engine.redraft import Texts, count_rates
 from reroll.engine.runner import Runner
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.slots import SlotCache, check_fits, layer_shapes
@@ -66,7 +66,7 @@ class LocalEngine:
         self.capacity = capacity
         self.speculation = speculation or Speculation()
         self.costs = costs
-        self.follow, self.rates, self.pace = Follow(), Rates(), Pace()
+        self.follow, self.rates, self.pace = count_follow(), count_rates(), Pace()
         assert self.speculation.redraft in CHUNKS
         self.policy_version = 0
         self.prefill_tokens, self.prefill_rows = prefill_tokens, prefill_rows

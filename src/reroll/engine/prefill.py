@@ -16,10 +16,11 @@ import numpy as np
 from transformers import DynamicCache
 
 from reroll.engine.base import Probed, Stats
-from reroll.engine.follow import Follow, expected_visits
+from reroll.engine.follow import expected_visits
 from reroll.engine.lenient import accept_lenient
 from reroll.engine.runner import Columns, Prefilled, Runner
 from reroll.engine.sequence import Sequence as Running
+from reroll.engine.shares import Shares
 from reroll.engine.walk import Forest, Walk
 from reroll.model.tree import EVERYTHING, Tree, merge
 
@@ -44,7 +45,7 @@ class Row:
 class Plan:
     """What decides which nodes are verified."""
 
-    follow: Follow
+    follow: Shares
     least: float
     """visits that a node must be expected to get: a token's prefill over its decoding; 0: any"""
     window: int

@@ -10,18 +10,15 @@ for the next tick. Verified like any draft, so it changes the time and never the
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-
+from reroll.engine.shares import Shares
 from reroll.types import Draft
 
 SIZES = (16, 8, 4, 2)
 """tokens that must match, longest first"""
 _WIDTH = array("i").itemsize
-_RATE = (0.9, 0.8, 0.7, 0.5)
-_WEIGHT = 20.0
-_DECAY = 0.8
+_RATE, _WEIGHT = (0.9, 0.8, 0.7, 0.5), 20.0
+"""assumed rates before anything is counted, and the offered tokens they stand for"""
 
 
 class Texts:
@@ -73,33 +70,6 @@ class Texts:
         self._indexed = len(self.drafts)
 
 
-class Rates:
-    """Counted chance that an offered token is accepted if those before it are, by match size."""
-
-    def __init__(self) -> None:
-        self.offered = np.full(len(SIZES), _WEIGHT)
-        self.accepted = np.array(_RATE) * _WEIGHT
-
-    def rate(self, which: int) -> float:
-        """Of offers that matched `SIZES[which]` tokens; below 1."""
-        return min(0.99, float(self.accepted[which] / self.offered[which]))
-
-    def observe(self, which: int, offered: int, accepted: int) -> None:
-        """Count an offer: the first refusal ends it, what comes after was not tried."""
-        self.accepted[which] += accepted
-        self.offered[which] += accepted + (accepted < offered)
-
-    def decay(self) -> None:
-        """The policy has changed: let what was counted fade, but for the weight of a few."""
-        factor = np.maximum(_DECAY, np.minimum(1.0, _WEIGHT / self.offered))
-        self.offered *= factor
-        self.accepted *= factor
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"offered": self.offered.tolist(), "accepted": self.accepted.tolist()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
-        self.offered = np.array(state["offered"])
-        self.accepted = np.array(state["accepted"])
+def count_rates() -> Shares:
+    """Shares of offered tokens that were accepted where those before them were, by match size."""
+    return Shares(_RATE, _WEIGHT)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from reroll.engine.follow import Follow
+from reroll.engine.follow import bin_of
 from reroll.engine.runner import Runner, make_law, take
 from reroll.engine.sequence import Sequence as Running
+from reroll.engine.shares import Shares
 from reroll.model.tree import Tree
 
 STRETCH = 8
@@ -74,7 +75,7 @@ class Walk:
         forest: Forest,
         samples: Sequence[tuple[int, Running]],
         version: int,
-        follow: Follow,
+        follow: Shares,
     ) -> None:
         self.runner, self.forest, self.version, self.follow = runner, forest, version, follow
         self.samples = [sample for _, sample in samples]
@@ -151,7 +152,7 @@ class Walk:
         step = np.arange(STRETCH)
         seen = (step <= last[:, None] - stopped[:, None]) & ~self.forest.leaf[ahead[:, :-1]]
         stayed = (step < last[:, None]) | (child >= 0)[:, None]
-        self.follow.observe(self.forest.count[ahead[:, :-1][seen]], stayed[seen])
+        self.follow.add(bin_of(self.forest.count[ahead[:, :-1][seen]]), 1, stayed[seen])
 
     def waiting(self) -> np.ndarray:
         """Samples that stand at a node which no forward has reached yet."""
