@@ -7,8 +7,6 @@ never the tokens (the coupling of Gumbel-max sampling with itself; compare Levia
 arXiv 2211.17192, whose rejection rule keeps the law but not the token).
 """
 
-import math
-
 import torch
 
 
@@ -26,7 +24,10 @@ def lossless(
 
 
 def lenient(
-    log_ratio_RD: torch.Tensor, uniform_RD: torch.Tensor, factor: float, length_R: torch.Tensor
+    log_ratio_RD: torch.Tensor,
+    uniform_RD: torch.Tensor,
+    factor: float | torch.Tensor,
+    length_R: torch.Tensor,
 ) -> torch.Tensor:
     """Accepted draft tokens of each row under SPEC-RL's rule, int64 `[R]`. Not lossless.
 
@@ -36,11 +37,13 @@ def lenient(
     new policy: with p the old and q the new law of a token, its law comes out as
     min(p, factor q) + (1 - sum min(p, factor q)) q.
 
-    log_ratio_RD: log p_new - log p_old of the draft's tokens; uniform_RD: in (0, 1).
+    log_ratio_RD: log p_new - log p_old of the draft's tokens; uniform_RD: in (0, 1); factor: one
+    for all rows or `[R]`, inf keeps everything.
     """
     assert log_ratio_RD.shape == uniform_RD.shape and length_R.shape == log_ratio_RD.shape[:1]
     inside_RD = torch.arange(log_ratio_RD.shape[1], device=length_R.device) < length_R[:, None]
-    kept_RD = uniform_RD.log() <= log_ratio_RD + math.log(factor)
+    factor_R1 = torch.as_tensor(factor, dtype=log_ratio_RD.dtype).reshape(-1, 1)
+    kept_RD = uniform_RD.log() <= log_ratio_RD + factor_R1.log()
     return (kept_RD & inside_RD).long().cumprod(-1).sum(-1)
 
 

@@ -5,8 +5,6 @@ the ablations), the end of text among them, and the next token is drawn plainly.
 then no longer the policy's (docs/techniques/reuse.md); that is the paper's rule, for comparison.
 """
 
-import math
-
 import numpy as np
 import torch
 
@@ -36,7 +34,7 @@ def accept_lenient(walk: Walk, logits: torch.Tensor) -> None:
     after = logits[torch.from_numpy(forest.logit[nodes[:, :width][inside]]).to(device)]
     after = after if after.dtype == torch.float64 else after.float()
     new[inside] = pick(after / temperature[:, None], flat).double().cpu().numpy()
-    kept = _kept(walk, live, tokens, new, lengths)
+    kept = _kept(walk, live, new, lengths)
     for row, (i, sample) in enumerate(zip(live, samples, strict=True)):
         count = kept[row]
         # an ending has no node: nothing is drawn after it
@@ -48,30 +46,21 @@ def accept_lenient(walk: Walk, logits: torch.Tensor) -> None:
         _draw_next(walk, drawing, logits)
 
 
-def _kept(
-    walk: Walk, live: list[int], tokens: list[list[int]], new: np.ndarray, lengths: np.ndarray
-) -> list[int]:
-    """How many tokens of its draft each sample keeps."""
+def _kept(walk: Walk, live: list[int], new: np.ndarray, lengths: np.ndarray) -> list[int]:
+    """How many tokens of its draft each sample keeps; new: `[A, D]` their log-probs of now."""
+    requests = [walk.samples[i].request for i in live]
+    old = np.zeros(new.shape)
+    for row, request in enumerate(requests):
+        old[row, : lengths[row]] = request.drafts[0].logprobs[: lengths[row]]
     keys, begin = walk.law.keys[live].cpu(), torch.from_numpy(walk.begin[live])
-    length = torch.from_numpy(lengths)
     position = begin[:, None] + torch.arange(new.shape[1])
     chance = uniform(keys[:, None].expand_as(position), position)
-    kept = []
-    for i, index in enumerate(live):
-        request = walk.samples[index].request
-        rule = request.lenience
-        assert rule is not None
-        row = slice(i, i + 1)
-        if rule.random_cut:
-            kept.append(int(random_cut(chance[row, 0], length[row])))
-        elif math.isinf(rule.factor):
-            kept.append(len(tokens[i]))
-        else:
-            old = np.zeros(new.shape[1])
-            old[: len(tokens[i])] = request.drafts[0].logprobs[: len(tokens[i])]
-            ratio = torch.from_numpy(new[i] - old)[None]
-            kept.append(int(lenient(ratio, chance[row], rule.factor, length[row])))
-    return kept
+    length = torch.from_numpy(lengths)
+    rules = [request.lenience for request in requests if request.lenience]
+    factor = torch.tensor([rule.factor for rule in rules])
+    kept = lenient(torch.from_numpy(new - old), chance, factor, length)
+    cut = random_cut(chance[:, 0], length)
+    return torch.where(torch.tensor([rule.random_cut for rule in rules]), cut, kept).tolist()
 
 
 def _draw_next(walk: Walk, live: np.ndarray, logits: torch.Tensor) -> None:
