@@ -41,19 +41,24 @@ def decode_mask(
     `chunk - 1` after, each seeing itself and what stands before it in its slot."""
     index = torch.arange(longest, device=lengths.device)
     position = lengths[:, None] + torch.arange(chunk, device=lengths.device)
-    return attention_mask(style, index <= position[..., None], position[..., None] - index, dtype)
+    return attention_mask(style, index <= position[..., None], position, index[None], dtype)
 
 
 def attention_mask(
-    style: MaskStyle, seen: torch.Tensor, distance: torch.Tensor, dtype: torch.dtype
+    style: MaskStyle,
+    seen: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Mask:
     """The mask `[R, 1, Q, C]` in the model's form, a dictionary by layer type where needed.
 
-    seen: `[R, Q, C]` what each query may see; distance: how far back that stands, in positions.
+    seen: `[R, Q, C]` what each query may see; query, key: `[R, Q]`, `[R, C]` positions.
     """
     if style.window is None:
         return _shape(seen, style.additive, dtype)
-    sliding = _shape(seen & (distance < style.window), style.additive, dtype)
+    near = query[:, :, None] - key[:, None, :] < style.window
+    sliding = _shape(seen & near, style.additive, dtype)
     if not style.by_layer_type:
         return sliding
     return {

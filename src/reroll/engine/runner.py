@@ -124,11 +124,11 @@ class Runner:
         if columns is not None:
             queries = tokens.shape[1]
             order, end, position = (torch.from_numpy(x).to(self.device) for x in columns)
-            distance = position[:, -queries:, None] - position[:, None, :]
             dtype = self.verify or self.autocast or self.model.dtype
             seen = tree_mask(order, end, queries)
-            where["position_ids"] = position[:, -queries:]
-            where["attention_mask"] = attention_mask(self.style, seen, distance, dtype)
+            own = position[:, -queries:]
+            where["position_ids"] = own
+            where["attention_mask"] = attention_mask(self.style, seen, own, position, dtype)
         rounded = self.verify if columns is not None else None
         with hidden_states(self.model, hidden) as states, self._rounding(rounded):
             logits = self.model(
