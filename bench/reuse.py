@@ -540,7 +540,7 @@ def costs_of(name: str, epochs: list[dict[str, Any]]) -> list[str]:
     for slots in SLOTS:
         those = [epoch[slots] for epoch in sums if epoch[slots]]
         seconds = sum(one["seconds"] for one in those) / max(1, sum(o["collects"] for o in those))
-        cells.append(f"{seconds:.2f} / {seconds + train:.2f}" if those else "-")
+        cells.append(f"{seconds:.2f}/{seconds + train:.1f}" if those else "-")
     return cells
 
 
