@@ -1,6 +1,5 @@
 """How samples are expected to spread over a tree, and which nodes that makes worth a forward."""
 
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings

@@ -67,8 +67,9 @@ class ReuseSection(Section):
     audit_prompts: int = Field(default=8, ge=2, description="problems of an audit")
     verify: Literal["same", "bfloat16"] = Field(
         default="same",
-        description="bfloat16: verify drafts in it where that is faster; tokens are then draws "
-        "from the rounded law",
+        description="bfloat16: run forwards over draft trees in it where that is faster, prompts "
+        "among them; tokens drawn there follow the rounded law, so they may differ from a run's "
+        "without drafts",
     )
 
     @property

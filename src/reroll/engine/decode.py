@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from reroll.algo.accept import lossless
@@ -21,6 +22,9 @@ Offer = tuple[list[int], int]
 _NOTHING: Offer = ([], -1)
 _SURE = 0.99
 """no rate is believed to be higher"""
+_REST, _MANY = 3, 16
+"""ticks without a look-up after one that found nothing worth a wider tick, where so many sequences
+run that looking up takes a noticeable part of a tick (5 % on a CPU)"""
 
 
 class Decoder:
@@ -33,6 +37,8 @@ class Decoder:
         self.rates, self.pace = rates, pace
         self.changed = True
         """slots have changed hands since the last tick"""
+        self.rest = 0
+        """ticks to go without a look-up; 0 whenever new work comes to an empty engine"""
 
     def tick(
         self, running: Sequence[Running], version: int, most: int, costs: Costs
@@ -59,9 +65,12 @@ class Decoder:
             drawn = self.runner.draw(logits[:, 0], self._positions, self._law)
             counts = [1] * len(running)
             self._advance(drawn.tokens, 1)
-            for (offer, which), token in zip(offers, drawn.tokens.tolist(), strict=True):
-                if offer:  # not run, but known: or a rate that has fallen would never rise again
-                    self.rates.add(which, 1, int(offer[0] == token))
+            if any(offer for offer, _ in offers):
+                # not run, but known: or a rate that has fallen would never rise again
+                tokens = drawn.tokens.tolist()
+                firsts = [(w, o[0] == t) for (o, w), t in zip(offers, tokens, strict=True) if o]
+                kinds, right = zip(*firsts, strict=True)
+                self.rates.add(np.array(kinds), 1, np.array(right))
         else:
             drawn, counts = self._verify(logits, tokens, offers, chunk)
         self.pace.observe(costs.tick(len(running), chunk), sum(counts))
@@ -73,8 +82,9 @@ class Decoder:
         """Look up what may come next in each slot, and choose how many tokens are worth a tick."""
         chunks = [c for c in CHUNKS if c <= most]
         base = costs.tick(len(running))
-        if all(costs.tick(len(running), c) >= c * base for c in chunks[1:]):
-            return 1, [_NOTHING] * len(running)  # not even a perfect guess would pay
+        if self.rest or all(costs.tick(len(running), c) >= c * base for c in chunks[1:]):
+            self.rest = max(0, self.rest - 1)
+            return 1, [_NOTHING] * len(running)  # or not even a perfect guess would pay
         offers = []
         for sequence in running:
             done = sequence.completion.token_ids
@@ -82,10 +92,12 @@ class Decoder:
             offer = sequence.texts.propose(done, min(most - 1, room)) if room > 0 else _NOTHING
             offers.append(offer)
         there = [(len(o), min(_SURE, float(self.rates.of(which)))) for o, which in offers if o]
-        if not there:
-            return 1, offers
-        lengths, rates = zip(*there, strict=True)
-        return best_chunk(costs, len(running), lengths, rates, chunks), offers
+        chunk = 1
+        if there:
+            lengths, rates = zip(*there, strict=True)
+            chunk = best_chunk(costs, len(running), lengths, rates, chunks)
+        self.rest = _REST if chunk == 1 and len(running) >= _MANY else 0
+        return chunk, offers
 
     def _verify(
         self, logits: torch.Tensor, tokens: torch.Tensor, offers: Sequence[Offer], chunk: int
@@ -105,10 +117,11 @@ class Decoder:
         kept = (step <= accepted[:, None])[inside]
         self._advance(choices.gather(1, accepted[:, None])[:, 0], accepted + 1)
         counts = accepted.tolist()
-        for (offer, source), count, offered in zip(offers, counts, sizes, strict=True):
-            if offer:
-                # the first refusal ends it: what comes after was not tried
-                self.rates.add(source, count + (count < offered), count)
+        tried = np.array(sizes) > 0
+        hits = np.array(counts)[tried]
+        # the first refusal ends an offer: what comes after was not tried
+        trials = hits + (hits < np.array(sizes)[tried])
+        self.rates.add(np.array([which for _, which in offers])[tried], trials, hits)
         return Drawn(*(stream[kept] for stream in drawn)), [count + 1 for count in counts]
 
     def _advance(self, last: torch.Tensor, count: torch.Tensor | int) -> None:

@@ -115,6 +115,8 @@ class LocalEngine:
         start = (*request.prompt_ids, *request.prefix_ids)
         texts = self._texts.setdefault(start, Texts())
         texts.add(request.drafts)
+        if not (self._running or self._ready or self._waiting):
+            self._decoder.rest = 0  # or a run would depend on what its engine did before
         self._waiting.append(Running.start(request, texts))
         if self.speculation.siblings:
             self._owners[request.id] = (texts, len(request.prefix_ids))
