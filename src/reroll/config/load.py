@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError, model_validator
@@ -109,15 +109,22 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
     """(`section.key`, type, default, description) of every setting, for `--help`."""
     for section, outer in Config.model_fields.items():
         for key, inner in outer.annotation.model_fields.items():  # type: ignore[union-attr]
-            choices = get_args(inner.annotation) if "Literal" in str(inner.annotation) else ()
-            kind = "|".join(map(str, choices)) if choices and isinstance(choices[0], str) else ""
             default = inner.get_default(call_default_factory=True)
             yield (
                 f"{section}.{key}",
-                kind or type(default).__name__,
+                _choices(inner.annotation) or type(default).__name__,
                 repr(default),
                 inner.description or "",
             )
+
+
+def _choices(annotation: Any) -> str:
+    """What a setting of named values takes; empty for others."""
+    if "Literal" not in str(annotation) or get_origin(annotation) is list:
+        return ""
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    return "|".join(_choices(kind) or kind.__name__ for kind in get_args(annotation))
 
 
 def _parse(key: str, text: str) -> Any:
