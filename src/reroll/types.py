@@ -116,7 +116,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the engine is asked: continue `prompt_ids + prefix_ids` under `key`."""
+    """What the engine is asked: continue `prompt_ids + prefix_ids` under `key`.
+
+    Raises ValueError for a draft under `lenience` that does not say what its writer thought of it.
+    """
 
     id: int
     prompt_ids: tuple[int, ...]
@@ -133,6 +136,13 @@ class Request:
     """an aborted completion of this very request (same key) to go on from"""
     probe_at: tuple[int, ...] = ()
     """counts of completion tokens at which the engine reports a `Probed` event"""
+
+    def __post_init__(self) -> None:
+        rule = self.lenience
+        for draft in self.drafts[:1] if rule else ():
+            streams = [draft.logprobs, *([draft.versions] if rule and rule.keep_writer else [])]
+            if any(len(stream) != len(draft.token_ids) for stream in streams):
+                raise ValueError(f"request {self.id}: a lenient draft needs its writer's streams")
 
 
 @dataclass(slots=True)

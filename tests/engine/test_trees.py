@@ -626,9 +626,7 @@ def test_staggered_samples_start_as_slots_become_free():
 
 
 def test_lenient_drafts_without_the_writers_log_probs_are_refused_at_once():
-    engine = engine_of()
     for draft, keep in ((Draft([1, 2]), False), (Draft([1, 2], [0.0, 0.0]), True)):
         rule = Lenience(1.0, keep_writer=keep)
         with pytest.raises(ValueError, match="request 4: a lenient draft"):
-            engine.submit(Request(4, (3,), 1, Sampling(5), drafts=(draft,), lenience=rule))
-    assert engine.stats().waiting == 0
+            Request(4, (3,), 1, Sampling(5), drafts=(draft,), lenience=rule)

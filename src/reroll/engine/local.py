@@ -98,13 +98,6 @@ class LocalEngine:
                 f"request {request.id}: lenient drafts need the whole tempered law: temperature "
                 "above 0, no top-k, no top-p"
             )
-        rule = request.lenience
-        for draft in request.drafts[:1] if rule else ():
-            streams = [draft.logprobs, *([draft.versions] if rule and rule.keep_writer else [])]
-            if any(len(stream) != len(draft.token_ids) for stream in streams):
-                raise ValueError(
-                    f"request {request.id}: a lenient draft needs its writer's streams"
-                )
         longest = len(request.prompt_ids) + len(request.prefix_ids) + request.sampling.max_tokens
         if not request.prompt_ids or longest > self.capacity:
             raise UserError(
