@@ -446,14 +446,15 @@ def test_lenient_requests_are_those_of_the_rule(
 
 LONG = SHORT | {
     "rollout__temperature": 0.1,
-    "train__steps": 7, "checkpoint__every": 3, "checkpoint__keep_last": 9, "store__epochs": 3,
-    "eval__every": 2, "train__minibatches": 2, "reuse__audit_every": 2, "reuse__audit_prompts": 2,
+    "train__steps": 8, "checkpoint__every": 4, "checkpoint__keep_last": 9, "store__epochs": 3,
+    "eval__every": 2, "train__minibatches": 2,
 }  # fmt: skip
-"""checkpoints after 3, 6, 7, in the midst of epochs; the store forgets the first of them"""
+"""checkpoints after 4 and 8, in the midst of epochs; the store forgets the first of them"""
+OFTEN = {"reuse__audit_every": 2, "reuse__audit_prompts": 2}
 RULES = {
     "fresh": FRESH,
-    "held": HELD | {"reuse__refresh": "trained"},
-    "lenient": LENIENT | {
+    "held": HELD | OFTEN | {"reuse__refresh": "trained"},
+    "lenient": LENIENT | OFTEN | {
         "reuse__anchor": "generator", "correct__mode": "tis", "store__max_gb": 4e-6,
     },
 }  # fmt: skip
@@ -465,16 +466,17 @@ def interrupt(*_: Any, **__: Any) -> None:
 
 
 MOMENTS: dict[str, tuple[Any, str, int, Callable[..., None], bool]] = {
-    "trained": (Trainer, "step", 5, kill, True),
+    "trained": (Trainer, "step", 6, kill, True),
     "stored": (Store, "put", 5, kill, True),
-    "checkpoint in place": (Store, "evict", 2, kill, False),
+    "checkpoint in place": (Store, "evict", 1, kill, False),
     "interrupted in a collect": (GraderPool, "submit", 42, interrupt, False),
 }
-"""each is later than a checkpoint, and earlier than the next"""
+"""each is later than a checkpoint, and earlier than the next; the interrupt makes one of its own"""
 PAIRS = [
     ("fresh", "stored"), ("fresh", "interrupted in a collect"),
     ("held", "interrupted in a collect"),
     ("lenient", "trained"), ("lenient", "checkpoint in place"),
+    ("lenient", "interrupted in a collect"),
 ]  # fmt: skip
 
 
@@ -518,7 +520,7 @@ def test_stopped_and_started_again_it_is_the_run_that_was_not(
             train(config)
     path = project.out / "run"
     done = max(checkpoint.checkpoints(path / "checkpoints"))
-    assert 0 < done < 7
+    assert done == (3 if moment.startswith("interrupted") else 4)
     cuts = []
     cut_back = Store.cut_back
 
@@ -533,7 +535,7 @@ def test_stopped_and_started_again_it_is_the_run_that_was_not(
     assert cuts == [(done, len(kept))]
     assert (len(kept) < len(before)) == (moment in ("trained", "stored"))
     assert_same_run(path, reference)
-    assert steps_of(path) == list(range(1, 8))
+    assert steps_of(path) == list(range(1, 9))
 
 
 def test_what_the_stopped_runs_go_through(whole: Any) -> None:
@@ -543,10 +545,10 @@ def test_what_the_stopped_runs_go_through(whole: Any) -> None:
         lines = lines_of(path)
         assert sum(line["tokens_reused"] for line in lines) > 15, rule
         audits = [line["step"] for line in lines if "reward_gap" in line]
-        assert audits == ([] if rule == "fresh" else [2, 4, 6])
+        assert audits == ([] if rule == "fresh" else [4, 6, 8])
         held = rows(path)
-        assert 0 < len(held) < 7 * 12
-        assert {row[4] for row in held} < set(range(1, 8))  # whole steps are gone by the end
+        assert 0 < len(held) < 8 * 12
+        assert {row[4] for row in held} < set(range(1, 9))  # whole steps are gone by the end
         assert state_of(path)["engine"]["pace"]["tokens"] > 0
     assert {row[11] for row in held} == {0, 1}
 
@@ -574,9 +576,9 @@ def test_the_store_forgets_with_checkpoints_alone(
     monkeypatch.setattr(checkpoint, "save", watched_save)
     monkeypatch.setattr(Store, "evict", watched_evict)
     monkeypatch.setattr(Store, "put", watched_put)
-    changes = LONG | FRESH | {"eval__every": 0, "reuse__audit": "off", "store__epochs": 2}
+    changes = LONG | FRESH | {"eval__every": 0, "store__epochs": 2}
     path = train(project.config(**changes)).path
-    assert seen == ["none", 3, "none", 6, "some", 7, "some"]  # the first as it is opened
+    assert seen == [4, "some", 8, "some"]
     # of each problem the newest two visits
     visits: dict[int, set[int]] = {}
     for row in rows(path):

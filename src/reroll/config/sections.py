@@ -16,7 +16,7 @@ class Section(BaseModel):
     def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
         """Python's is, and a number's setting would take it."""
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
             raise PydanticCustomError("truth", "Should not be true or false")
         return value
 
