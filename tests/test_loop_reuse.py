@@ -663,3 +663,21 @@ def test_costs_of_a_start_that_failed_are_measured_again(
     wrong.save(folder / "costs.json")
     train(project.config("one", **SHORT | FRESH | {"train__steps": 3}))
     assert load_costs(folder / "costs.json") == wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (HELD | {"train__steps": 4}, ["no audit in 4 steps"]),
+        (HELD | {"train__steps": 5}, []),
+        (FRESH | {"train__steps": 1}, ["no problem comes twice"]),
+        (FRESH | {"train__steps": 2}, []),
+    ],
+)
+def test_what_would_not_happen_is_said_before(
+    changes: dict[str, Any], said: list[str], project: Project
+) -> None:
+    with prepare(project.config(**SHORT | changes), None, None) as parts:
+        notes = [n for n in parts.notes if n.startswith("reuse: no ")]
+    assert len(notes) == len(said)
+    assert all(text in note for text, note in zip(said, notes, strict=True))

@@ -128,6 +128,11 @@ class _Run:
             self.cursor = state["cursor"]
             self.parts.engine.load_state(state["engine"])
             self.display.say(f"going on from step {start} of {self.run.path}")
+            if self.reuse is not None:
+                held = self.reuse.store.stats()
+                self.display.say(
+                    f"reuse: {held['rollouts']:,} past rollouts, {held['bytes'] / 1e6:.1f} MB"
+                )
 
     def _step(self, step: int) -> None:
         """One batch of rollouts and its optimizer steps; a line in metrics.jsonl."""

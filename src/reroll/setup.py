@@ -74,8 +74,11 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     trainer = make_trainer(config, model, autocast)
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
-    notes = [
-        *_set_costs(config, engine, run, len(task.train)),
+    notes = []
+    if config.reuse.on:
+        _set_costs(config, engine, run)
+        notes = _reuse_notes(config, engine, len(task.train))
+    notes += [
         *task.notes,
         f"{len(task.train)} training and {len(task.held_out)} held-out problems",
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
@@ -160,10 +163,8 @@ def make_engine(
     )
 
 
-def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None, problems: int) -> list[str]:
-    """Give the engine its table of costs, the run's or one measured now; lines for the user."""
-    if not config.reuse.on:
-        return []
+def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None) -> None:
+    """Give the engine its table of costs, the run's or one measured now."""
     # one that a start left which then failed may be of another configuration
     costs = load_costs(run.costs_path) if run and run.config_path.exists() else None
     if costs is None:
@@ -173,15 +174,18 @@ def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None, problems
         if run:
             costs.save(run.costs_path)
     engine.costs, engine.runner.verify = costs, torch.bfloat16 if costs.rounded else None
-    slots = config.engine.slots
+
+
+def _reuse_notes(config: Config, engine: LocalEngine, problems: int) -> list[str]:
+    """What a user who reuses rollouts should know before the run."""
+    reuse, costs, slots = config.reuse, engine.costs, config.engine.slots
     notes = [
         f"reuse: a decoded token costs {costs.token(slots) / costs.prefill:.1f} verified ones at "
         f"{slots} slots, {costs.token(1) / costs.prefill:.0f} at one"
     ]
-    if config.reuse.verify == "bfloat16":
-        notes.append(
-            f"reuse: drafts verified in {'bfloat16' if costs.rounded else 'the same dtype'}"
-        )
+    if reuse.verify == "bfloat16":
+        used = "bfloat16" if costs.rounded else "the same dtype"
+        notes.append(f"reuse: drafts verified in {used}")
     if not engine.speculation.branching:
         notes.append(
             "reuse: this model takes no tree masks (self-check): one draft a sample, no re-drafting"
@@ -191,6 +195,11 @@ def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None, problems
         notes.append(
             "reuse: no problem comes twice in train.steps x rollout.prompts, so that siblings are "
             "the only drafts"
+        )
+    if reuse.audited and reuse.audit_every > config.train.steps:
+        notes.append(
+            f"reuse: no audit in {config.train.steps} steps with reuse.audit_every = "
+            f"{reuse.audit_every}: what this run trains on is not compared with fresh samples"
         )
     return notes
 
