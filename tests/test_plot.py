@@ -85,3 +85,14 @@ def test_what_reused_rollouts_earn_is_not_called_the_policys(
     assert [axis.get_ylabel() for axis in axes[4:]] == [
         "share of tokens taken from drafts", "share of rollouts written before",
     ]  # fmt: skip
+
+
+def test_everything_drawn_is_in_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much higher audits and held-out rewards are than the rewards trained on."""
+    audited = {"reused_tokens": 0.5, "duplicates": 0.25, "reward_gap": -0.5, "reward_fresh": 0.7}
+    run = run_with(tmp_path, [train(1) | audited, train(2) | audited, held_out(2, 0.8, 0.85, 0.9)])
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    plot_run(run)
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low == 0 and high > 0.9

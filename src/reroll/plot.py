@@ -45,12 +45,13 @@ def plot_run(run: RunDir) -> Path | None:
         axis.plot([r["step"] for r in steps], [r[key] for r in steps], color="#4477aa", label=name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
     if audits:
         at, fresh = [r["step"] for r in audits], [r["reward_fresh"] for r in audits]
         axes[0].plot(at, fresh, "s-", color="#228833", label="fresh samples (audit)")
     _held_out(axes[0], [r for r in records if r["kind"] == "eval"])
     axes[0].legend(loc="best", frameon=False)
+    for axis in axes:  # last: from then on the view stays as it is
+        axis.set_ylim(bottom=0)
     path = run.path / "curves.png"
     figure.savefig(path, dpi=110)
     return path
