@@ -78,6 +78,15 @@ def both_ways(folder: Path, given: dict[str, Any]) -> list[Config]:
     ]
 
 
+def check_accepted(given: dict[str, Any], folder: Path) -> None:
+    """Taken as given, however it is given, and the same when saved and loaded again."""
+    for config in both_ways(folder, given):
+        found = dict(settings(config))
+        assert {key: found[key] for key in given} == given
+        save_config(config, folder / "saved.toml")
+        assert load_config(folder / "saved.toml") == config
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_a_name_stands_for(name: str, tmp_path: Path) -> None:
     for config in both_ways(tmp_path, {"algo.name": name}):
@@ -431,9 +440,4 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_what_looks_like_a_contradiction_and_is_none(kind: str, tmp_path: Path) -> None:
-    given = ACCEPTED[kind]
-    for config in both_ways(tmp_path, given):
-        found = dict(settings(config))
-        assert {key: found[key] for key in given} == given
-        save_config(config, tmp_path / "saved.toml")
-        assert load_config(tmp_path / "saved.toml") == config
+    check_accepted(ACCEPTED[kind], tmp_path)

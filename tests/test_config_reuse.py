@@ -12,9 +12,8 @@ from reroll.config import (
     describe,
     load_config,
     save_config,
-    settings,
 )
-from tests.test_config_algo import as_flags, both_ways, from_file, refusal
+from tests.test_config_algo import as_flags, both_ways, check_accepted, from_file, refusal
 
 ON = {"reuse.on": True}
 HELD = ON | {"reuse.rule": "held"}
@@ -221,9 +220,4 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_what_looks_like_a_contradiction_and_is_none(kind: str, tmp_path: Path) -> None:
-    given = ACCEPTED[kind]
-    for config in both_ways(tmp_path, given):
-        found = dict(settings(config))
-        assert {key: found[key] for key in given} == given
-        save_config(config, tmp_path / "saved.toml")
-        assert load_config(tmp_path / "saved.toml") == config
+    check_accepted(ACCEPTED[kind], tmp_path)

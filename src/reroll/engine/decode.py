@@ -67,8 +67,8 @@ class Decoder:
             self._advance(drawn.tokens, 1)
             if any(offer for offer, _ in offers):
                 # not run, but known: or a rate that has fallen would never rise again
-                tokens = drawn.tokens.tolist()
-                firsts = [(w, o[0] == t) for (o, w), t in zip(offers, tokens, strict=True) if o]
+                pairs = zip(offers, drawn.tokens.tolist(), strict=True)
+                firsts = [(which, offer[0] == token) for (offer, which), token in pairs if offer]
                 kinds, right = zip(*firsts, strict=True)
                 self.rates.add(np.array(kinds), 1, np.array(right))
         else:
@@ -91,10 +91,11 @@ class Decoder:
             room = sequence.request.sampling.max_tokens - sequence.done - 1
             offer = sequence.texts.propose(done, min(most - 1, room)) if room > 0 else _NOTHING
             offers.append(offer)
-        there = [(len(o), min(_SURE, float(self.rates.of(which)))) for o, which in offers if o]
+        there = [(len(offer), which) for offer, which in offers if offer]
         chunk = 1
         if there:
-            lengths, rates = zip(*there, strict=True)
+            lengths, kinds = zip(*there, strict=True)
+            rates = np.minimum(_SURE, self.rates.of(np.array(kinds))).tolist()
             chunk = best_chunk(costs, len(running), lengths, rates, chunks)
         self.rest = _REST if chunk == 1 and len(running) >= _MANY else 0
         return chunk, offers
