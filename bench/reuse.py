@@ -14,17 +14,17 @@ The first three write the same tokens by construction, so they share one trainin
 step each of them collects the same batch, in turn, at 32 and at 64 slots by turns, the tokens are
 compared, and the policy is trained once; their rewards are equal by identity. (In the first epoch
 `fresh` has nothing to reuse and is left out.) Seconds are of the rollout phase, with look-ups,
-verification and the store's write, on one thread. The other arms train runs of their own on the
-same prompts in the same order. In every step each problem is also sampled afresh (`FRESH` samples,
-keys that nothing else uses, same weights): `gap` is the mean reward of the rollouts trained on
-minus that of the fresh.
+verification and the store's write, on one thread unless said. The other arms train runs of their
+own on the same prompts in the same order. In every step each problem is also sampled afresh
+(`FRESH` samples, keys that nothing else uses, same weights): `gap` is the mean reward of the
+rollouts trained on minus that of the fresh.
 
 Policies: `careful` (one style, low entropy), `demo` (three styles, of which training picks one),
 `again` (careful, fewer problems that come again more often, at twice the learning rate: where
-self-influence shows), `wordy` (replies over five times as long and of higher entropy; one seed, the
-first three arms only). Figures are
-of epochs 2 and later unless said. Intervals: 95 %, Student's t over seeds for ratios, normal over
-(seed, problem) for differences of rewards.
+self-influence shows), `wordy` (replies over five times as long and of higher entropy; one seed),
+`threads` (careful on two threads, three epochs); the last two with the first three arms only.
+Figures are of epochs 2 and later unless said. Intervals: 95 %, Student's t over seeds for ratios,
+normal over (seed, problem) for differences of rewards.
 
     python -m bench.reuse [--quick] [--fresh]
 """
@@ -100,8 +100,11 @@ SETTINGS = {
     "wordy": Setting(
         "wordy", prompts=48, batch=24, epochs=4, terms=(7, 9), max_tokens=640, held_out=32
     ),
+    "threads": Setting("careful", epochs=3, threads=2),
 }
-SUFFIX = {"careful": "", "demo": "_demo", "again": "_again", "wordy": "_wordy"}
+SHARED_ALONE = ("wordy", "threads")
+"""measured without the arms that have training runs of their own"""
+SUFFIX = {name: f"_{name}" if name != "careful" else "" for name in SETTINGS}
 """of the last line's keys"""
 RATES = {
     rate: Setting("careful", prompts=96, epochs=4, rate=rate, held_out=32)
@@ -514,7 +517,8 @@ def show(policy: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     of = f"{policy}, mean of {len(runs['shared'])} seeds"
     columns = ("", "epoch", "decoded", "verified", "ticks", "kept", "whole", "dupl.",
                "s at 32", "s at 64")  # fmt: skip
-    table(f"{of}: a step's costs; s: rollouts / with training, one thread", columns, spent)
+    threads = f"{SETTINGS[policy].threads} thread(s)"
+    table(f"{of}: a step's costs; s: rollouts / with training, {threads}", columns, spent)
     before = fmean(one["held_out"][0] for one in runs["shared"])
     title = f"{of}: rewards; held-out before {before:.3f}; shared: off, fresh and redraft"
     table(title, ("", "epoch", "trained on", "fresh", "held-out", "gap"), rewards)
@@ -553,7 +557,7 @@ def main() -> None:
     detail: dict[str, dict[str, list[dict[str, Any]]]] = {}
     rates: dict[str, Any] = {}
     for policy, setting in settings.items():
-        arms = ["shared", *(LOSSY if policy != "wordy" else ())]
+        arms = ["shared", *(() if policy in SHARED_ALONE else LOSSY)]
         if args.quick:
             arms = ["shared", "lenient"] if policy == "careful" else ["shared"]
         if args.policy not in ("", policy):
@@ -580,7 +584,8 @@ def main() -> None:
         summary |= summarise(runs, SUFFIX[policy])
     if args.quick:
         there = [key for key in summary if "_demo" in key]
-        summary |= {key.replace("_demo", s): None for key in there for s in ("_again", "_wordy")}
+        others = [suffix for policy, suffix in SUFFIX.items() if policy not in settings]
+        summary |= {key.replace("_demo", suffix): None for key in there for suffix in others}
     parts.finish("reuse", summary, seeds, {"policies": detail, "rates": rates})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench.common import RESULTS
 
@@ -82,50 +83,44 @@ def rewards(detail: Detail) -> Figure:
 
 
 def follow(detail: Detail, rates: dict[str, Any]) -> Figure:
-    """Share of new tokens on the tree of old rollouts: by window, age, and learning rate."""
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    windows, ages, learning = figure.subplots(1, 3)
+    """Share of new tokens on the tree of old rollouts: by window, age, learning rate, length."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    windows, ages, learning, lengths = figure.subplots(2, 2).flat
     for rate, epochs in sorted(rates.items(), key=lambda item: float(item[0])):
         values = [fmean(step["on_last"] for step in steps) for steps in epochs[1:]]
         learning.plot(range(2, len(epochs) + 1), values, "o-", label=rate)
-    learning.set(
-        xlabel="epoch",
-        ylabel="share of tokens on the tree",
-        title="learning rate (careful, last epoch's tree)",
-        ylim=(0, 1),
-    )
     names = {"on_own": "own rollout alone", "on_last": "last epoch", "on_last2": "last two",
              "on_last4": "last four"}  # fmt: skip
     styles = {"careful": "-", "demo": "--", "again": "-.", "wordy": ":"}
     colours = dict(zip(names, ("#888888", "#228833", "#4477aa", "#aa3377"), strict=True))
-    for policy, arms in detail.items():
-        runs = arms["shared"]
-        epochs = range(1, len(runs[0]["epochs"]))
+    for policy, style in styles.items():
+        if policy not in detail:
+            continue
+        runs = detail[policy]["shared"]
+        count = len(runs[0]["epochs"])
         for key, name in names.items():
-            values = [steps_mean(runs, epoch, key) for epoch in epochs]
-            label = f"{name} ({policy})" if policy == "careful" else None
-            windows.plot(
-                [e + 1 for e in epochs], values, styles[policy], color=colours[key], label=label
-            )
-        last = len(runs[0]["epochs"]) - 1
+            values = [steps_mean(runs, epoch, key) for epoch in range(1, count)]
+            label = name if policy == "careful" else None
+            windows.plot(range(2, count + 1), values, style, color=colours[key], label=label)
         by_age = [("on_last", 1), *((f"on_age{k}", k) for k in range(2, 6))]
-        points = [(age, steps_mean(runs, last, key)) for key, age in by_age if age <= last]
-        ages.plot(*zip(*points, strict=True), "o" + styles[policy], color="#228833", label=policy)
-    windows.set(
-        xlabel="epoch",
-        ylabel="share of tokens on the tree",
-        title="tree of which rollouts",
-        ylim=(0, 1),
-    )
-    ages.set(
-        xlabel="age of the tree (epochs)",
-        ylabel="share of tokens on the tree",
-        title="8 rollouts of one epoch, last epoch of the run",
-        ylim=(0, 1),
-    )
-    for axis in (windows, ages, learning):
+        points = [(age, steps_mean(runs, count - 1, key)) for key, age in by_age if age < count]
+        ages.plot(*zip(*points, strict=True), "o" + style, color="#228833", label=policy)
+        x, y = (
+            [steps_mean(runs, epoch, key) for epoch in range(1, count)]
+            for key in ("length", "on_last")
+        )
+        nats = fmean(steps_mean(runs, epoch, "entropy") for epoch in range(1, count))
+        lengths.plot(x, y, "o" + style, label=f"{policy}, {nats:.2f} nats a token")
+    for axis, x, title in (
+        (windows, "epoch", "tree of which rollouts (lines: policies as on the right)"),
+        (ages, "age of the tree (epochs)", "8 rollouts of one epoch, last epoch of the run"),
+        (learning, "epoch", "learning rate (careful, last epoch's tree)"),
+        (lengths, "mean reply length (tokens), a point an epoch", "length, last epoch's tree"),
+    ):
+        axis.set(xlabel=x, ylabel="share of tokens on the tree", title=title, ylim=(0, 1))
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
+    lengths.set_xlim(0, None)
     return figure
 
 
@@ -164,6 +159,8 @@ def main() -> None:
     figures = {"rewards": rewards(detail), "follow": follow(detail, rates), "costs": costs(detail)}
     for name, figure in figures.items():
         FigureCanvasAgg(figure)
+        for axis in figure.axes:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         path = PICTURES / f"reuse_{name}.png"
         figure.savefig(path, dpi=100)
         print(path)
