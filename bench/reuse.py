@@ -517,7 +517,7 @@ def show(policy: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     of = f"{policy}, mean of {len(runs['shared'])} seeds"
     columns = ("", "epoch", "decoded", "verified", "ticks", "kept", "whole", "dupl.",
                "s at 32", "s at 64")  # fmt: skip
-    threads = f"{SETTINGS[policy].threads} thread(s)"
+    threads = "two threads" if SETTINGS[policy].threads == 2 else "one thread"
     table(f"{of}: a step's costs; s: rollouts / with training, {threads}", columns, spent)
     before = fmean(one["held_out"][0] for one in runs["shared"])
     title = f"{of}: rewards; held-out before {before:.3f}; shared: off, fresh and redraft"
