@@ -95,7 +95,8 @@ class Parts:
                 "commit": ", ".join(sorted(self.commits)) or self.commit,
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            short = json.loads(json.dumps(record), parse_float=lambda x: float(f"{float(x):.6g}"))
+            (RESULTS / f"{name}.json").write_text(json.dumps(short) + "\n")
             shutil.rmtree(self.folder, ignore_errors=True)
         print(json.dumps(summary))
         sys.stdout.flush()

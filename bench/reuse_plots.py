@@ -126,10 +126,10 @@ def follow(detail: Detail, rates: dict[str, Any]) -> Figure:
 
 def costs(detail: Detail) -> Figure:
     """How many times faster than plain decoding each epoch was collected, at 32 and 64 slots."""
-    figure = Figure(figsize=(5.2 * len(detail), 4), layout="constrained")
-    for axis, (policy, arms) in zip(
-        figure.subplots(1, len(detail), squeeze=False)[0], detail.items(), strict=True
-    ):
+    rows = -(-len(detail) // 3)
+    figure = Figure(figsize=(13, 3.6 * rows), layout="constrained")
+    for place, (policy, arms) in enumerate(detail.items()):
+        axis = figure.add_subplot(rows, 3, place + 1)
         runs = arms["shared"]
         epochs = range(len(runs[0]["epochs"]))
         for arm, colour in (("fresh", "#228833"), ("redraft", "#4477aa")):
@@ -146,7 +146,8 @@ def costs(detail: Detail) -> Figure:
                 label = f"{arm}, {slots} slots" if axis is figure.axes[0] else None
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label)
         axis.axhline(1, color="#888888", linewidth=0.8)
-        axis.set(xlabel="epoch", ylabel="rollout phase, times faster", title=policy, ylim=(0, None))
+        title = "careful, two threads" if policy == "threads" else policy
+        axis.set(xlabel="epoch", ylabel="rollout phase, times faster", title=title, ylim=(0, None))
         axis.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
