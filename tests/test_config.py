@@ -324,6 +324,7 @@ beta2 = 0.95
 max_grad_norm = 0.5
 microbatch_tokens = 99
 gradient_checkpointing = true
+trees = false
 check_logprobs = true
 [eval]
 every = 0

@@ -4,7 +4,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reroll.engine.base import Finished, Stats
 from reroll.engine.local import LocalEngine
-from reroll.ledger import CATEGORIES, CostModel, Ledger, cost_model
+from reroll.ledger import CATEGORIES, Ledger
+from reroll.model.flops import ATTENTION_FREE, CostModel, cost_model
+from reroll.model.layout import Layout, lay_out
 from reroll.types import Draft, Request, Sampling
 from tests.tiny import VOCABULARY, tiny
 
@@ -54,18 +56,34 @@ def test_flops_of_a_mixture_count_the_routed_experts_only() -> None:
     assert cost.per_token == 2 * (LAYERS * layer + HIDDEN + EMBEDDING)
 
 
+def alone(*lengths: int) -> Layout:
+    """A forward over texts that share nothing."""
+    (layout,) = lay_out([([row], list(range(1, n))) for row, n in enumerate(lengths)])
+    return layout
+
+
+def test_what_is_shared_is_booked_once() -> None:
+    # 2 tokens that two rollouts of 4 and 3 begin with, and each one's own
+    pairs = [([5, 6], [7, 8]), ([5, 6], [9])]
+    (layout,) = lay_out(pairs, cost=ATTENTION_FREE)
+    ledger = Ledger()
+    ledger.add_forwards("train", [(3, layout)], 1.0, CostModel(per_token=10.0, per_context=1.0))
+    assert ledger.tokens["train"] == 5
+    assert ledger.flops["train"] == 3 * (50 + (1 + 2 + 3 + 4) + 3)
+
+
 @pytest.mark.parametrize("category", ["score", "train"])
 def test_forwards_are_booked_by_their_passes(category: str) -> None:
     cost = CostModel(per_token=10.0, per_context=1.0)
     ledger = Ledger()
-    ledger.add_forwards(category, [(3, [3, 2]), (1, [4])], 1.5, cost)
+    ledger.add_forwards(category, [(3, alone(3, 2)), (1, alone(4))], 1.5, cost)
     first, second = 1 + 2 + 3 + 1 + 2, 1 + 2 + 3 + 4  # of sequences of 3 and 2 tokens, and of 4
     assert ledger.tokens == dict.fromkeys(CATEGORIES, 0) | {category: 5 + 4}
     assert ledger.flops[category] == 3 * (50 + first) + 1 * (40 + second)
     assert ledger.seconds == dict.fromkeys(CATEGORIES, 0) | {category: 1.5}
-    ledger.add_forwards(category, [(2, [1])], 0.5, cost)
-    assert ledger.tokens[category] == 10
-    assert ledger.flops[category] == 3 * (50 + first) + 1 * (40 + second) + 2 * (10 + 1)
+    ledger.add_forwards(category, [(2, alone(2))], 0.5, cost)
+    assert ledger.tokens[category] == 11
+    assert ledger.flops[category] == 3 * (50 + first) + 1 * (40 + second) + 2 * (20 + 3)
     assert ledger.seconds[category] == 2.0
 
 

@@ -95,7 +95,7 @@ def test_a_run_writes_what_it_promises(
         "kind", "step", "epoch", "version", "reward", "reward_digits:share", "length", "length_max",
         "truncated", "stopped", "ungraded", "entropy", "loss", "grad_norm", "clip_fraction",
         "approx_kl", "skipped_steps", "live_groups", "small_groups", "offpolicy_tokens",
-        "tokens_trained", "learning_rate",
+        "tokens_trained", "tree_tokens_ratio", "learning_rate",
         "seconds_rollout", "tokens_per_second",
         *(f"{k}_{c}" for k in ("tokens", "flops", "seconds") for c in CATEGORIES),
     }  # fmt: skip

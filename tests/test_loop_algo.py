@@ -17,8 +17,8 @@ import reroll.loop
 from reroll.cli import main
 from reroll.config import ALGORITHMS, GROUP_ADVANTAGES, load_config
 from reroll.errors import UserError
-from reroll.ledger import cost_model
 from reroll.loop import train
+from reroll.model.flops import cost_model
 from reroll.model.logprobs import token_logprobs
 from reroll.order import stream
 from reroll.rollout.collect import Collected
@@ -540,7 +540,8 @@ COSTS: dict[str, tuple[dict[str, Any], int, int]] = {
 @pytest.mark.parametrize("kind", COSTS)
 def test_scoring_and_training_are_booked(kind: str, project: Project) -> None:
     changes, scored, trained = COSTS[kind]
-    config = project.config(**SHORT | {"train__steps": 1} | changes)
+    alone = {"train__steps": 1, "train__trees": False}
+    config = project.config(**SHORT | alone | changes)
     line = lines_of(train(config).path)[0]
     # prompts are prefilled once a group, and trained on in each of its 4 rollouts
     tokens = line["tokens_grade"] + 4 * line["tokens_prefill"]
@@ -553,3 +554,33 @@ def test_scoring_and_training_are_booked(kind: str, project: Project) -> None:
     assert line["flops_train"] < 1.5 * trained * tokens * per_token
     if scored:
         assert line["flops_train"] / line["flops_score"] == pytest.approx(trained / scored)
+
+
+# --- what rollouts begin with alike ---------------------------------------------------------------
+
+
+def test_trees_change_no_token(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {
+        trees: train(
+            project.config(f"trees-{trees}", **SHORT, model__dtype="float64", train__trees=trees)
+        )
+        for trees in (True, False)
+    }
+    samples = [(run.path / "samples.jsonl").read_text() for run in runs.values()]
+    assert samples[0] == samples[1] != ""
+    shared, flat = (lines_of(run.path) for run in runs.values())
+    for one, other in zip(shared, flat, strict=True):
+        assert one["tree_tokens_ratio"] < 0.9 and other["tree_tokens_ratio"] == 1
+        assert one["tokens_train"] < 0.9 * other["tokens_train"]
+        assert one["flops_train"] < other["flops_train"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-9)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_a_model_that_takes_no_trees_is_trained_one_by_one(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_: False)
+    path = train(project.config(**SHORT | {"log__display": "plain"})).path
+    assert "train.trees: this model takes no tree masks (self-check)" in capsys.readouterr().out
+    assert all(line["tree_tokens_ratio"] == 1 for line in lines_of(path))

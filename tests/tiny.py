@@ -1,5 +1,9 @@
 """Small models with random weights, one for each architecture that the engine must serve."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -111,3 +115,21 @@ def tiny(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrain
     if dtype is None:
         dtype = torch.float32 if name in MIXTURES else torch.float64
     return model.to(dtype).eval()
+
+
+@contextmanager
+def wide() -> Iterator[None]:
+    """float64 stays float64 inside: many models' norms compute in float32 whatever comes in, and
+    what is rounded there makes a gradient depend on the order of its sums."""
+    to, narrow = torch.Tensor.to, torch.Tensor.float
+
+    def kept(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        moved = to(self, *args, **kwargs)
+        return self if (self.dtype, moved.dtype) == (torch.float64, torch.float32) else moved
+
+    torch.Tensor.to = kept  # type: ignore[method-assign]
+    torch.Tensor.float = lambda self: kept(self, torch.float32)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float = to, narrow  # type: ignore[method-assign]

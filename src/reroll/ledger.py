@@ -5,51 +5,20 @@ Categories: prefill, verify, decode (engine), grade (grader processes, beside th
 backward, optimizer; policy and critic), sync (engine and trainer trading places: weights,
 checkpoints).
 
-FLOPs are counted, not measured: a forward of one token costs 2 for each parameter it passes (of a
-mixture of experts the routed ones only, embeddings looked up are free, the output head counted)
-and, for each token it attends to, 4 for each element of the query heads; a trained token costs
-three forwards, two where the weights are frozen but for adapters, one more with gradient
-checkpointing. A critic's trunk counts like the policy.
+FLOPs are counted, not measured (`model/flops.py`): a trained token costs three forwards, two where
+the weights are frozen but for adapters, one more with gradient checkpointing. A critic's trunk
+counts like the policy. What rollouts share, where it is run once, counts once.
 """
 
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 
-from transformers import PreTrainedModel
-
 from reroll.engine.base import Stats
-from reroll.model.load import embeddings
-from reroll.train.trainer import Work
+from reroll.model.flops import CostModel
+from reroll.train.forwards import Work
 
 CATEGORIES = ("prefill", "verify", "decode", "grade", "score", "train", "sync")
-
-
-@dataclass(frozen=True, slots=True)
-class CostModel:
-    """FLOPs of one token's forward: `per_token` + `per_context` for each token attended to."""
-
-    per_token: float
-    per_context: float
-
-    def flops(self, tokens: float, context: float) -> float:
-        """FLOPs of a forward over `tokens` that attend to `context` tokens in all."""
-        return self.per_token * tokens + self.per_context * context
-
-
-def cost_model(model: PreTrainedModel) -> CostModel:
-    """Read the sizes off the module."""
-    config = model.config.get_text_config()
-    embedding, head = embeddings(model)
-    total = sum(p.numel() for p in model.parameters())
-    passed = total - embedding.numel() + (head.numel() if head is embedding else 0)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:
-        routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-        passed -= routed * (1 - config.num_experts_per_tok / experts)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return CostModel(2.0 * passed, 4.0 * heads * width * config.num_hidden_layers)
 
 
 @dataclass(slots=True)
@@ -85,10 +54,9 @@ class Ledger:
         self, category: str, work: Sequence[Work], seconds: float, cost: CostModel
     ) -> None:
         """Book what the trainer ran: scoring ("score") or training ("train")."""
-        for passes, lengths in work:
-            context = sum(n * (n + 1) // 2 for n in lengths)
-            self.tokens[category] += sum(lengths)
-            self.flops[category] += passes * cost.flops(sum(lengths), context)
+        for passes, layout in work:
+            self.tokens[category] += layout.nodes
+            self.flops[category] += passes * cost.flops(layout.nodes, layout.context)
         self.seconds[category] += seconds
 
     def since(self, earlier: "Ledger") -> "Ledger":

@@ -220,7 +220,7 @@ class _Run:
                 f"step {step}: {short:.0f} groups short of rollout.prompts: no more with signal "
                 f"within algo.generation_bound = {self.config.algo.generation_bound}"
             )
-        bound = LOGPROB_BOUNDS["bfloat16" if self.parts.trainer.autocast else "float"]
+        bound = LOGPROB_BOUNDS["bfloat16" if self.parts.trainer.forwards.autocast else "float"]
         if metrics.get("logprob_difference_mean", 0.0) > bound:
             self.display.say(
                 f"step {step}: sampling and training log-probs differ by "

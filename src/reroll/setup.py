@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reroll.config import Config
 from reroll.engine.costs import load_costs
 from reroll.engine.local import LocalEngine
-from reroll.engine.selfcheck import check_servable, takes_trees
+from reroll.engine.selfcheck import check_servable, takes_trees, trains_on_trees
 from reroll.engine.speculation import Speculation
 from reroll.errors import UserError
-from reroll.ledger import CostModel, cost_model
+from reroll.model.flops import CostModel, cost_model
 from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
 from reroll.model.lora import add_lora
 from reroll.rollout.reuse import Reuse
@@ -72,6 +72,8 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
     engine = make_engine(config, model, task, autocast)
     trainer = make_trainer(config, model, autocast)
+    trees = config.train.trees and trains_on_trees(model, autocast)
+    trainer.cost = cost_model(model) if trees else None
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
     notes = []
@@ -84,6 +86,10 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
         f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
     ]
+    if config.train.trees and not trees:
+        notes.append(
+            "train.trees: this model takes no tree masks (self-check): trained on one by one"
+        )
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
         yield Parts(

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import reroll.engine.runner as runner
-from reroll.engine.masks import MaskStyle
-from reroll.engine.selfcheck import check_servable, takes_trees
+from reroll.engine.selfcheck import check_servable, takes_trees, trains_on_trees
 from reroll.errors import UserError
+from reroll.model.masks import MaskStyle
 from tests.tiny import VOCABULARY, tiny
 
 RECURRENT = {
@@ -75,15 +75,16 @@ def test_ordinary_models_take_trees(name: str) -> None:
     model = tiny(name)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     window = getattr(model.config, "sliding_window", None)
-    assert takes_trees(model) is True
+    assert takes_trees(model) is True and trains_on_trees(model) is True
     assert getattr(model.config, "sliding_window", None) == window
     assert not model.training
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_trees_are_taken_within_the_noise_of_autocast() -> None:
-    assert takes_trees(tiny("qwen3", dtype=torch.float32), torch.bfloat16) is True
-    assert takes_trees(tiny("qwen3", dtype=torch.bfloat16)) is True
+    for check in (takes_trees, trains_on_trees):
+        assert check(tiny("qwen3", dtype=torch.float32), torch.bfloat16) is True
+        assert check(tiny("qwen3", dtype=torch.bfloat16)) is True
 
 
 @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
@@ -102,7 +103,7 @@ def test_a_model_that_ignores_what_makes_a_tree_takes_none(
 
     monkeypatch.setattr(model, "forward", deaf)
     assert check_servable(model) < 1e-9
-    assert takes_trees(model) is False
+    assert takes_trees(model) is trains_on_trees(model) is False
 
 
 def test_a_model_whose_forward_fails_on_trees_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,4 +117,4 @@ def test_a_model_whose_forward_fails_on_trees_takes_none(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(model, "forward", brittle)
     assert check_servable(model) < 1e-9
-    assert takes_trees(model) is False
+    assert takes_trees(model) is trains_on_trees(model) is False

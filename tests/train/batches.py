@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reroll.config import AlgoSection, CorrectSection, CriticSection, TrainSection
+from reroll.model.layout import Layout
 from reroll.train.credit import Credit, Scores
 from reroll.train.credit import credit as credit_of
 from reroll.train.critic import Critic
@@ -283,9 +284,17 @@ def gradient_of(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
 
 
 def forwarded(trainer: Trainer, scoring: bool = False) -> list[int]:
-    """Lengths of the sequences that training (or scoring) ran since the last call."""
+    """Lengths of the sequences that training (or scoring) ran since the last call, sorted."""
     work = trainer.take_work()
-    return [n for passes, lengths in work if (passes == 1) == scoring for n in lengths]
+    ran = [row_lengths(layout) for passes, layout in work if (passes == 1) == scoring]
+    return sorted(n for lengths in ran for n in lengths)
+
+
+def row_lengths(layout: Layout) -> list[int]:
+    """Lengths of a forward's texts."""
+    assert layout.columns is None, "texts share rows"
+    # the last token is not asked for anything
+    return [int(row.nonzero()[-1]) + 2 for row in layout.wanted]
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-10) -> None:

@@ -1,4 +1,4 @@
-"""Groups stay whole, budgets are kept, and every stream stands at its token."""
+"""Minibatches hold whole groups, budgets are kept, and every stream stands at its token."""
 
 import pytest
 import torch
@@ -11,9 +11,15 @@ from reroll.types import Group, Prompt
 from tests.train.batches import credit, group, rollout
 
 
+@pytest.fixture(autouse=True)
+def _padding_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reroll.model.layout.FULL", 0.0)
+
+
 def rows_of(microbatch: Microbatch) -> list[int]:
     """Dataset row of each rollout: the prompts of these tests hold nothing else."""
-    return [prompt[0] for prompt, _ in microbatch.pairs]
+    assert microbatch.layout.columns is None
+    return microbatch.layout.tokens[:, 0].tolist()
 
 
 def numbered(row: int, rewards: list[float | None], lengths: list[int]) -> Group:
@@ -41,17 +47,18 @@ def test_by_hand():
     # 2 tokens of weight 3 and 1 of weight 1/2
     assert (part.tokens, part.rollouts, part.groups, part.live_groups) == (6.5, 3.5, 1, 1)
     (batch,) = part.microbatches
-    assert batch.pairs == [((5, 6), [1, 2, 3]), ((5, 6), [4, 9])]
-    assert batch.lengths == [3, 2]
-    assert batch.weights.tolist() == [3.0, 0.5]
-    assert batch.mask.tolist() == [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert batch.lags.tolist() == [0, 0, 0, 4, 4]
-    assert batch.logprobs.tolist() == [0.0, -0.5, -0.25, -1.0, -2.0]
-    assert batch.behaviour.tolist() == [0.0, -0.4, -0.2, -1.0, -2.0]
+    # the shorter rollout comes first
+    assert batch.layout.tokens.tolist() == [[5, 6, 4, 9, 0], [5, 6, 1, 2, 3]]
+    assert batch.lengths == [2, 3]
+    assert batch.weights.tolist() == [0.5, 3.0]
+    assert batch.mask.tolist() == [0.0, 1.0, 0.0, 1.0, 1.0]
+    assert batch.lags.tolist() == [4, 4, 0, 0, 0]
+    assert batch.logprobs.tolist() == [-1.0, -2.0, 0.0, -0.5, -0.25]
+    assert batch.behaviour.tolist() == [-1.0, -2.0, 0.0, -0.4, -0.2]
     streams = (batch.advantages, batch.reference, batch.proximal, batch.values, batch.returns)
     for k, stream in enumerate(streams, start=1):
         assert stream is not None
-        assert stream.tolist() == [10 * k + i for i in range(5)]
+        assert stream.tolist() == [10 * k + i for i in (3, 4, 0, 1, 2)]
         assert stream.dtype == torch.float64  # what the formulas made is not rounded on the way
     assert batch.logprobs.dtype == torch.float64 and batch.lags.dtype == torch.int64
 
@@ -67,7 +74,7 @@ def test_streams_are_moved_in_the_dtype_of_the_loss():
     (part,) = minibatches([by_hand()], 1, 1000, True)
     (batch,) = part.microbatches
     moved = batch.to(torch.device("cpu"), torch.float32)
-    assert moved.pairs == batch.pairs and moved.lengths == batch.lengths
+    assert torch.equal(moved.layout.tokens, batch.layout.tokens) and moved.lengths == batch.lengths
     assert moved.lags.dtype == torch.int64
     for name in ("weights", "mask", "logprobs", "behaviour", "advantages", "reference", "proximal"):
         assert getattr(moved, name).dtype == torch.float32
@@ -104,7 +111,7 @@ GROUPS = st.lists(
 
 
 @given(GROUPS, st.integers(1, 3), st.integers(1, 60), st.booleans())
-def test_groups_stay_whole_within_the_budget(shapes, count, budget, skip_dead):
+def test_all_that_is_trained_on_is_run_once_within_the_budget(shapes, count, budget, skip_dead):
     groups = [
         numbered(row, [r for r, _ in shape], [n for _, n in shape])
         for row, shape in enumerate(shapes)
@@ -117,25 +124,17 @@ def test_groups_stay_whole_within_the_budget(shapes, count, budget, skip_dead):
     parts = minibatches(credited, count, budget, skip_dead)
     seen: list[int] = []
     for part in parts:
-        assert part.microbatches == [m for m in part.microbatches if m.pairs]
         for index, microbatch in enumerate(part.microbatches):
             rows = rows_of(microbatch)
+            assert len(rows) == len(microbatch.lengths) > 0
             seen += rows
-            whole = sorted(set(rows))
-            assert rows == [row for row in whole for _ in trained[row]]
             size = len(rows) * (2 + max(microbatch.lengths))
-            assert size <= budget or len(whole) == 1
-            # no microbatch could have taken the next one's first group too
+            assert size <= budget or len(rows) == 1
+            # no microbatch could have taken the next one's first rollout too
             if index + 1 < len(part.microbatches):
-                following = part.microbatches[index + 1]
-                first = rows_of(following)[0]
-                more = microbatch.lengths + [
-                    n
-                    for n, row in zip(following.lengths, rows_of(following), strict=True)
-                    if row == first
-                ]
+                more = microbatch.lengths + part.microbatches[index + 1].lengths[:1]
                 assert len(more) * (2 + max(more)) > budget
-    assert seen == [row for row in range(len(groups)) for _ in trained[row]]
+    assert sorted(seen) == [row for row in range(len(groups)) for _ in trained[row]]
 
 
 @given(GROUPS, st.integers(1, 3), st.booleans())
@@ -165,12 +164,12 @@ def test_given_tokens_do_not_count():
     assert (part.tokens, part.rollouts) == (1 + 3 + 5, 4)
 
 
-def test_a_group_beyond_the_budget_runs_alone():
+def test_a_rollout_beyond_the_budget_runs_alone():
     small, large = [1, 1], [50, 50]
     lengths = [small, large, small, small, large]
     credited = credit([numbered(row, [0.0, 1.0], size) for row, size in enumerate(lengths)])
-    (part,) = minibatches(credited, 1, 20, True)
-    assert [sorted(set(rows_of(m))) for m in part.microbatches] == [[0], [1], [2, 3], [4]]
+    (part,) = minibatches(credited, 1, 18, True)
+    assert [rows_of(m) for m in part.microbatches] == [[0, 0, 2, 2, 3, 3], [1], [1], [4], [4]]
 
 
 def test_batches_of_nothing_but_dead_or_ungraded_groups():

@@ -333,7 +333,7 @@ def test_masking_stale_tokens(max_lag, mask, tokens):
     # what averages are over
     (part,) = minibatches(found, 1, 1000, True)
     assert part.tokens == tokens and part.rollouts == 2
-    assert part.microbatches[0].mask.tolist() == [*map(float, mask), 1.0, 1.0]
+    assert part.microbatches[0].mask.tolist() == [1.0, 1.0, *map(float, mask)]  # by length
     # the completion keeps its own: another version may train on it
     assert groups[0].rollouts[0].completion.loss_mask == [False, True, True, True, False, True]
 

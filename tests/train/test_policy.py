@@ -233,7 +233,7 @@ def test_without_stale_tokens_all_corrections_are_none(level):
     [
         ("decoupled", True, dict(epochs=2), 1, 2),
         ("decoupled", True, dict(minibatches=2), 1, 2),
-        ("decoupled", True, dict(epochs=2, microbatch_tokens=1), 4, 4),  # the same budget
+        ("decoupled", True, dict(epochs=2, microbatch_tokens=1), 4, 8),  # the same budget
         ("decoupled", True, {}, 0, 1),  # its one step's own forward is that of the proximal policy
         ("decoupled", False, dict(epochs=2), 0, 2),
         ("tis", True, dict(epochs=2), 0, 2),
@@ -253,7 +253,7 @@ def test_the_proximal_policy_is_scored_only_where_it_must_be(
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     credited, _ = trainer.credit(groups)
     assert len(calls) == scoring
-    assert forwarded(trainer, scoring=True) == ([9, 11, 8, 8] if scoring else [])
+    assert forwarded(trainer, scoring=True) == ([8, 8, 9, 11] if scoring else [])
     scored = [one.proximal is not None for part in credited for one in part]
     assert scored == [scoring > 0] * 4
     trainer.step(credited)

@@ -192,7 +192,11 @@ class TrainSection(Section):
     microbatch_tokens: int = Field(
         default=16384,
         ge=1,
-        description="tokens of one training forward, padding included; a group stays whole",
+        description="tokens of one training forward, padding included",
+    )
+    trees: bool = Field(
+        default=True,
+        description="compute what rollouts begin with alike once, where that is cheaper; exact",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, more time"

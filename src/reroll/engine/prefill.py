@@ -22,7 +22,7 @@ from reroll.engine.runner import Columns, Prefilled, Runner
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.shares import Shares
 from reroll.engine.walk import Forest, Walk
-from reroll.model.tree import EVERYTHING, Tree, merge
+from reroll.model.tree import EVERYTHING, Tree, merge, pad_columns
 
 
 @dataclass(slots=True, eq=False)
@@ -208,9 +208,8 @@ def _forward(
         total += len(ran)
     longest = max(map(len, texts))
     for index, own in zip(which, columns, strict=True):
-        # a pad is seen by pads alone
-        pads = np.repeat([[EVERYTHING], [EVERYTHING + 1], [0]], longest - own.shape[1], axis=1)
-        rows[index].columns = np.concatenate([rows[index].columns, own, pads], axis=1)
+        own = pad_columns(own, longest)
+        rows[index].columns = np.concatenate([rows[index].columns, own], axis=1)
     if past is None and all(_is_chain(rows[index]) for index in which):
         return runner.prefill(texts, starts, hidden)  # causal as any text: no mask to read
     stacked = Columns(*np.stack([rows[index].columns for index in which], axis=1))

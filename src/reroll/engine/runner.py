@@ -14,9 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from reroll.algo.sample import Drawn, Law, draw
 from reroll.engine.fastlinear import onednn_forwards, replaced
-from reroll.engine.masks import attention_mask, decode_mask, mask_style
 from reroll.engine.slots import SlotCache
 from reroll.model.hidden import hidden_states
+from reroll.model.masks import attention_mask, decode_mask, mask_style
 from reroll.model.ragged import pad
 from reroll.model.tree import tree_mask
 from reroll.types import Request

@@ -1,20 +1,22 @@
 """Per-token log-probs of ragged rollouts under the model, with gradients where wanted.
 
-The one way in which trainer, reference and engine scoring ask "how likely is this text?". In:
-(context, continuation) token lists; out: packed `[T]` tensors, continuation after continuation.
-Callers never see how rows were padded or shared.
+The one way in which trainer, reference, critic and engine scoring ask "how likely is this text?".
+In: (context, continuation) token lists, or forwards laid out of them (`model/layout.py`); out:
+packed `[T]` tensors, continuation after continuation. Callers never see how rows were padded or
+shared.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from reroll.model.flops import CostModel
 from reroll.model.hidden import hidden_states
-from reroll.model.ragged import Padded, pad, padded_size
-
-Pair = tuple[Sequence[int], Sequence[int]]
+from reroll.model.layout import Layout, Pair, in_order, lay_out
+from reroll.model.masks import attention_mask, mask_style
+from reroll.model.tree import tree_mask
 
 
 class LogProbs(NamedTuple):
@@ -30,72 +32,86 @@ class LogProbs(NamedTuple):
 
 def token_logprobs(
     model: PreTrainedModel,
-    sequences: Sequence[Pair],
+    pairs: Sequence[Pair],
     *,
     temperature: float = 1.0,
     entropy: bool = False,
     hidden: bool = False,
     max_tokens: int | None = None,
+    cost: CostModel | None = None,
 ) -> LogProbs:
     """Tempered log-probs of every continuation token given all before it.
 
     temperature: logits are divided by it. entropy: also return that of each law, in nats.
     hidden: also return the last hidden states.
     max_tokens: split into forwards of at most this many tokens, padding included (None: one).
+    cost: the model's, for running what texts begin with alike once; None: each runs alone.
     """
+    layouts = lay_out(pairs, max_tokens, cost)
     parts = [
-        _forward(model, sequences[start:end], temperature, entropy, hidden)
-        for start, end in chunks(sequences, max_tokens)
+        layout_logprobs(model, layout, temperature=temperature, entropy=entropy, hidden=hidden)
+        for layout in layouts
     ]
-    return LogProbs(
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([p.entropy for p in parts if p.entropy is not None]) if entropy else None,
-        torch.cat([p.hidden for p in parts if p.hidden is not None]) if hidden else None,
-    )
+    lengths = [len(continuation) for _, continuation in pairs]
+    streams = [
+        in_order(layouts, list(stream), lengths) if stream[0] is not None else None
+        for stream in zip(*parts, strict=True)
+    ]
+    return LogProbs(*streams)  # type: ignore[arg-type]
 
 
-def token_states(trunk: PreTrainedModel, sequences: Sequence[Pair]) -> torch.Tensor:
-    """Last hidden state of a model without head before each continuation token, `[T, H]`."""
-    tokens, wanted = _padded(sequences, trunk.device)
-    return trunk(input_ids=tokens, use_cache=False).last_hidden_state[wanted]
-
-
-def _padded(sequences: Sequence[Pair], device: torch.device) -> Padded:
-    """Rows of context and continuation; wanted is what comes before each continuation token."""
-    rows = [[*context, *continuation] for context, continuation in sequences]
-    starts = [len(context) - 1 for context, _ in sequences]
-    return pad(rows, starts, [len(row) - 1 for row in rows], device)
-
-
-def _forward(
+def layout_logprobs(
     model: PreTrainedModel,
-    sequences: Sequence[Pair],
-    temperature: float,
-    entropy: bool,
-    hidden: bool,
+    layout: Layout,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    hidden: bool = False,
 ) -> LogProbs:
-    tokens, wanted = _padded(sequences, model.device)
+    """The same of one forward, in the order of its rollouts."""
+    layout = layout.to(model.device)
     with hidden_states(model, hidden) as states:
-        logits_TV = model(input_ids=tokens, use_cache=False, logits_to_keep=wanted).logits
-    states_TH = states[0] if hidden else None
+        logits_WV = model(
+            input_ids=layout.tokens,
+            use_cache=False,
+            logits_to_keep=layout.wanted,
+            **_where(model, layout),
+        ).logits
+    states_TH = layout.of_rollouts(states[0]) if hidden else None
     with torch.autocast(model.device.type, enabled=False):
-        logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-        logits_TV = logits_TV / temperature
-        targets_T = tokens[:, 1:][wanted[:, :-1]]
-        norm_T = logits_TV.logsumexp(-1)
-        logprobs_T = logits_TV.gather(-1, targets_T[:, None]).squeeze(-1) - norm_T
+        logits_WV = logits_WV if logits_WV.dtype == torch.float64 else logits_WV.float()
+        logits_WV = logits_WV / temperature
+        norm_W = logits_WV.logsumexp(-1)
+        if layout.source is None or layout.gather is None:
+            logprobs_T = logits_WV.gather(-1, layout.target[:, None]).squeeze(-1) - norm_W
+        else:
+            drawn_M = logits_WV[layout.source, layout.target] - norm_W[layout.source]
+            logprobs_T = drawn_M[layout.gather]
         if not entropy:
             return LogProbs(logprobs_T, None, states_TH)
-        probs_TV = (logits_TV - norm_T[:, None]).exp()
-        return LogProbs(logprobs_T, norm_T - (probs_TV * logits_TV).sum(-1), states_TH)
+        probs_WV = (logits_WV - norm_W[:, None]).exp()
+        entropy_W = norm_W - (probs_WV * logits_WV).sum(-1)
+        return LogProbs(logprobs_T, layout.of_rollouts(entropy_W), states_TH)
 
 
-def chunks(sequences: Sequence[Pair], max_tokens: int | None) -> list[tuple[int, int]]:
-    """Bounds of consecutive runs whose padded size stays within `max_tokens`."""
-    bounds, start, lengths = [], 0, []
-    for index, (context, continuation) in enumerate(sequences):
-        lengths.append(len(context) + len(continuation))
-        if max_tokens is not None and len(lengths) > 1 and padded_size(lengths) > max_tokens:
-            bounds.append((start, index))
-            start, lengths = index, lengths[-1:]
-    return [*bounds, (start, len(sequences))]
+def layout_states(trunk: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    """Last hidden state of a model without head before each continuation token, `[T, H]`."""
+    layout = layout.to(trunk.device)
+    states = trunk(input_ids=layout.tokens, use_cache=False, **_where(trunk, layout))
+    return layout.of_rollouts(states.last_hidden_state[layout.wanted])
+
+
+def _where(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
+    """Mask and positions of a tree; a plain text needs neither."""
+    if layout.columns is None:
+        return {}
+    order, end, position = layout.columns
+    seen = tree_mask(order, end, layout.tokens.shape[1])
+    device = model.device.type
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else model.dtype
+    style = mask_style(model.config)
+    if device == "cpu":  # where every layer would turn booleans into numbers, for itself
+        style = style._replace(additive=True)
+    mask = attention_mask(style, seen, position, position, dtype)
+    return {"attention_mask": mask, "position_ids": position}

@@ -20,7 +20,10 @@ class Padded(NamedTuple):
 
 
 def pad(
-    rows: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int], device: torch.device
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    ends: Sequence[int],
+    device: torch.device | str = "cpu",
 ) -> Padded:
     """Pad `rows`; the model's outputs are wanted at tokens `starts[r] <= i < ends[r]` of row r."""
     width = max(map(len, rows))
@@ -28,8 +31,3 @@ def pad(
     index = torch.arange(width)
     wanted = (index >= torch.tensor(starts)[:, None]) & (index < torch.tensor(ends)[:, None])
     return Padded(tokens.to(device), wanted.to(device))
-
-
-def padded_size(lengths: Sequence[int]) -> int:
-    """Tokens of a forward over rows of these lengths, padding included."""
-    return len(lengths) * max(lengths, default=0)

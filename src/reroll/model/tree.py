@@ -42,7 +42,7 @@ class Tree:
         return len(self.tokens)
 
 
-def merge(texts: Sequence[Sequence[int]]) -> Tree:
+def merge(texts: Sequence[Sequence[int] | np.ndarray]) -> Tree:
     """The prefix tree of `texts` (any number, empty ones and repeated ones included)."""
     lengths = np.fromiter(map(len, texts), np.int64, len(texts))
     width = int(lengths.max(initial=0))
@@ -98,3 +98,10 @@ def tree_mask(order: torch.Tensor, end: torch.Tensor, queries: int) -> torch.Ten
     return (order[:, None, :] <= order[:, -queries:, None]) & (
         order[:, -queries:, None] < end[:, None, :]
     )
+
+
+def pad_columns(columns: np.ndarray, width: int) -> np.ndarray:
+    """Order, end and position of a row's columns, `[3, C]`, padded to `[3, width]`: a pad is seen
+    by pads alone."""
+    pads = np.array([[EVERYTHING], [EVERYTHING + 1], [0]])
+    return np.concatenate([columns, np.repeat(pads, width - columns.shape[1], axis=1)], axis=1)

@@ -1,7 +1,9 @@
 """Credited groups to minibatches (one optimizer step each) to microbatches (one forward each).
 
-Groups stay whole throughout. Token-aligned streams are packed rollout after rollout; rows are
-padded only inside `model/`. `T` packed completion tokens, `R` rollouts.
+Groups stay whole in a minibatch. In which microbatch a rollout is run changes nothing, since its
+credit is known by then: the forwards are laid out as is cheapest (`model/layout.py`), and each of
+them takes the credit of its rollouts along. Token-aligned streams are packed rollout after rollout.
+`T` packed completion tokens, `R` rollouts.
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,8 @@ from itertools import pairwise
 
 import torch
 
-from reroll.model.ragged import padded_size
+from reroll.model.flops import CostModel
+from reroll.model.layout import Layout, lay_out
 from reroll.train.credit import Credit
 
 
@@ -18,8 +21,7 @@ from reroll.train.credit import Credit
 class Microbatch:
     """What one forward trains on; all tensors packed `[T]` but `weights`."""
 
-    pairs: list[tuple[tuple[int, ...], list[int]]]
-    """(prompt, completion) token ids of each rollout"""
+    layout: Layout
     lengths: list[int]
     """completion tokens of each rollout"""
     weights: torch.Tensor
@@ -47,6 +49,8 @@ class Microbatch:
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):
                 value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Layout):
+                value = value.to(device)
             moved[name] = value
         return Microbatch(**moved)
 
@@ -67,33 +71,36 @@ class Minibatch:
 
 
 def minibatches(
-    groups: Sequence[list[Credit]], count: int, microbatch_tokens: int, skip_dead: bool
+    groups: Sequence[list[Credit]],
+    count: int,
+    microbatch_tokens: int,
+    skip_dead: bool,
+    cost: CostModel | None = None,
 ) -> list[Minibatch]:
     """Cut a batch into `count` minibatches of whole groups, as even as can be, in order.
 
     skip_dead: leave out groups without signal. They add nothing to the policy gradient, but still
     count in the averages, so the gradient is the same as if they had been run. (A minibatch of
     nothing but such groups takes no optimizer step at all.)
+    cost: the model's, for running what rollouts begin with alike once; None: each runs alone.
     """
     bounds = [round(i * len(groups) / count) for i in range(count + 1)]
     parts = [groups[a:b] for a, b in pairwise(bounds)]
-    return [_minibatch(part, microbatch_tokens, skip_dead) for part in parts if part]
+    return [_minibatch(part, microbatch_tokens, skip_dead, cost) for part in parts if part]
 
 
-def _minibatch(part: Sequence[list[Credit]], microbatch_tokens: int, skip_dead: bool) -> Minibatch:
+def _minibatch(
+    part: Sequence[list[Credit]], microbatch_tokens: int, skip_dead: bool, cost: CostModel | None
+) -> Minibatch:
     live = [group for group in part if any(one.advantages.any() for one in group)]
-    packs, pack, lengths = [], [], []
-    for group in live if skip_dead else part:
-        sizes = [len(c.rollout.prompt.token_ids) + len(c.mask) for c in group]
-        if pack and padded_size(lengths + sizes) > microbatch_tokens:
-            packs.append(pack)
-            pack, lengths = [], []
-        pack, lengths = pack + group, lengths + sizes
-    if pack:
-        packs.append(pack)
+    run = [one for group in (live if skip_dead else part) for one in group]
+    pairs = [(one.rollout.prompt.token_ids, one.rollout.completion.token_ids) for one in run]
     every = [one for group in part for one in group]
     return Minibatch(
-        [_pack(credits) for credits in packs],
+        [
+            _pack([run[k] for k in layout.which], layout)
+            for layout in lay_out(pairs, microbatch_tokens, cost)
+        ],
         tokens=sum(one.rollout.weight * sum(one.mask) for one in every),
         rollouts=sum(one.rollout.weight for one in every),
         groups=len(part),
@@ -101,7 +108,7 @@ def _minibatch(part: Sequence[list[Credit]], microbatch_tokens: int, skip_dead: 
     )
 
 
-def _pack(credits: Sequence[Credit]) -> Microbatch:
+def _pack(credits: Sequence[Credit], layout: Layout) -> Microbatch:
     rollouts = [one.rollout for one in credits]
     completions = [rollout.completion for rollout in rollouts]
 
@@ -113,7 +120,7 @@ def _pack(credits: Sequence[Credit]) -> Microbatch:
         return torch.cat(there) if there else None
 
     return Microbatch(
-        pairs=[(r.prompt.token_ids, r.completion.token_ids) for r in rollouts],
+        layout=layout,
         lengths=[len(one.mask) for one in credits],
         weights=floats([[rollout.weight for rollout in rollouts]]),
         mask=floats([one.mask for one in credits]),

@@ -7,7 +7,6 @@ hidden width.
 """
 
 import copy
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel
 
 from reroll.algo.loss import token_weights, value_loss
 from reroll.config import CriticSection, TrainSection
+from reroll.model.layout import Layout
 from reroll.model.load import embeddings, widen
-from reroll.model.logprobs import Pair, token_states
+from reroll.model.logprobs import layout_states
 from reroll.train.batch import Microbatch, Minibatch
 from reroll.train.metrics import Sums
 from reroll.train.moments import load_moments, moments
@@ -49,13 +49,13 @@ class Critic(nn.Module):
             weight_decay=train.weight_decay,
         )
 
-    def values(self, pairs: Sequence[Pair], hidden_TH: torch.Tensor | None = None) -> torch.Tensor:
+    def values(self, layout: Layout, hidden_TH: torch.Tensor | None = None) -> torch.Tensor:
         """Value before each continuation token, `[T]`, float32 or wider.
 
         hidden_TH: the policy's hidden states there, for a shared trunk.
         """
         if self.trunk is not None:
-            hidden_TH = token_states(self.trunk, pairs)
+            hidden_TH = layout_states(self.trunk, layout)
         assert hidden_TH is not None, "a shared trunk needs the policy's hidden states"
         with torch.autocast(hidden_TH.device.type, enabled=False):
             return self.head(hidden_TH.to(self.head.weight.dtype)).squeeze(-1)
@@ -68,7 +68,7 @@ class Critic(nn.Module):
         part: the minibatch, over whose trained tokens it is a mean. sums: takes the metrics.
         """
         assert batch.values is not None and batch.returns is not None
-        values_T = self.values(batch.pairs, hidden_TH)
+        values_T = self.values(batch.layout, hidden_TH)
         loss_T, binds_T = value_loss(values_T, batch.values, batch.returns, self.config.clip)
         weights_T = token_weights(
             batch.mask, batch.lengths, "token", tokens=part.tokens, rollouts=part.rollouts,

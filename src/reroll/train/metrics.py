@@ -83,12 +83,16 @@ class Sums:
                 out["explained_variance"] = 1 - left.item()
             out["critic_grad_norm"] = sum(self.critic_norms) / max(len(self.critic_norms), 1)
         groups = sum(part.groups for part in parts)
+        layouts = [m.layout for part in parts for m in part.microbatches]
         return out | {
             "loss": sum(loss for loss, _ in self.steps) / max(len(self.steps), 1),
             "grad_norm": sum(norm for _, norm in self.steps) / max(len(self.steps), 1),
             "skipped_steps": float(self.skipped),
             "live_groups": sum(part.live_groups for part in parts) / max(groups, 1),
             "tokens_trained": float(sum(sum(m.lengths) for p in parts for m in p.microbatches)),
+            "tree_tokens_ratio": (
+                sum(x.nodes for x in layouts) / sum(x.flat for x in layouts) if layouts else 1.0
+            ),
         }
 
     def _stale_metrics(self) -> dict[str, float]:

@@ -16,12 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from reroll.config import AlgoSection, CorrectSection, TrainSection
+from reroll.model.flops import CostModel
+from reroll.model.layout import Layout, in_order, lay_out
 from reroll.model.load import switch_off_dropout
-from reroll.model.logprobs import LogProbs, Pair, chunks, token_logprobs
 from reroll.model.lora import adapters_off
 from reroll.train.batch import Microbatch, Minibatch, minibatches
 from reroll.train.credit import PREFIX, Credit, Scores, credit, graded
 from reroll.train.critic import Critic
+from reroll.train.forwards import Forwards, Work
 from reroll.train.metrics import Sums
 from reroll.train.moments import load_moments, moments
 from reroll.train.policy import PolicyLoss
@@ -30,8 +32,6 @@ from reroll.types import Group
 
 MAX_SKIPPED = 3
 """optimizer steps skipped in a row, for a loss or gradient that is not finite, that stop the run"""
-Work = tuple[int, list[int]]
-"""(forwards that it costs as much as, prompt + completion length of each sequence)"""
 
 
 class Diverged(RuntimeError):
@@ -42,7 +42,8 @@ class Trainer:
     """Owns the optimizers and the policy version; shares the module with the engine.
 
     temperature, max_tokens: those of sampling. reference: the KL's anchor, or None; a model with
-    adapters is its own reference, with the adapters off. critic: for advantage = "gae".
+    adapters is its own reference, with the adapters off. critic: for advantage = "gae". cost: the
+    model's, for running what rollouts begin with alike once; None: each runs alone.
     """
 
     def __init__(
@@ -57,12 +58,15 @@ class Trainer:
         autocast: torch.dtype | None = None,
         reference: PreTrainedModel | None = None,
         critic: Critic | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         assert (critic is not None) == (algo.advantage == "gae")
         assert (reference is not None) == (algo.kl_coef > 0)
         self.model, self.reference, self.critic = model, reference, critic
         self.algo, self.train, self.correct = algo, train, correct or CorrectSection()
-        self.temperature, self.max_tokens, self.autocast = temperature, max_tokens, autocast
+        self.max_tokens = max_tokens
+        self.forwards = Forwards(model.device, temperature, autocast)
+        self.cost = cost
         self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         """dtype of losses, as `token_logprobs` returns"""
@@ -75,8 +79,6 @@ class Trainer:
         self.critic_steps = 0
         """optimizer steps of the critic tried"""
         self.skipped_in_a_row = 0
-        self.work: list[Work] = []
-        """forwards of scoring and training that `take_work` has not handed out yet"""
         switch_off_dropout(model)
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -117,29 +119,35 @@ class Trainer:
         # with one optimizer step a batch the proximal policy is that of its own forward
         several = self.train.epochs * self.train.minibatches > 1
         proximal = self.correct.mode == "decoupled" and several and stale
-        bounds = chunks(pairs, self.train.microbatch_tokens) if pairs else []
-        parts = [self._score(pairs[start:end], proximal) for start, end in bounds]
-        streams = [[x for x in stream if x is not None] for stream in zip(*parts, strict=True)]
-        return Scores(*(torch.cat(stream) if stream else None for stream in streams))
+        if self.reference is None and self.critic is None and not proximal:
+            return Scores()
+        layouts = lay_out(pairs, self.train.microbatch_tokens, self.cost)
+        parts = [self._score(layout, proximal) for layout in layouts]
+        lengths = [len(completion) for _, completion in pairs]
+        streams = [
+            in_order(layouts, list(stream), lengths) if stream[0] is not None else None
+            for stream in zip(*parts, strict=True)
+        ]
+        return Scores(*streams)
 
-    def _score(self, pairs: Sequence[Pair], proximal: bool) -> Scores:
+    def _score(self, layout: Layout, proximal: bool) -> Scores:
         """The same of the rollouts of one forward."""
         critic, shared = self.critic, self.critic is not None and self.critic.trunk is None
         reference_T = proximal_T = values_T = None
         if self.reference is not None:
             own = self.reference is self.model
             with adapters_off(self.model) if own else nullcontext():
-                reference_T = self._logprobs(self.reference, pairs).logprobs
-            self._book(1, pairs)
+                reference_T = self.forwards.logprobs(self.reference, layout).logprobs
+            self.forwards.book(1, layout)
         if proximal or shared:
-            now = self._logprobs(self.model, pairs, hidden=shared)
+            now = self.forwards.logprobs(self.model, layout, hidden=shared)
             proximal_T = now.logprobs if proximal else None
-            values_T = critic.values(pairs, now.hidden) if critic is not None and shared else None
-            self._book(1, pairs)
+            values_T = critic.values(layout, now.hidden) if critic is not None and shared else None
+            self.forwards.book(1, layout)
         if critic is not None and not shared:
-            with self._cast():
-                values_T = critic.values(pairs)
-            self._book(1, pairs)
+            with self.forwards.cast():
+                values_T = critic.values(layout)
+            self.forwards.book(1, layout)
         return Scores(reference_T, proximal_T, values_T)
 
     def step(self, groups: Sequence[list[Credit]]) -> dict[str, float]:
@@ -151,7 +159,9 @@ class Trainer:
         algo = self.algo
         kl_in_loss = algo.kl_coef > 0 and algo.kl_in == "loss"
         skip_dead = not (kl_in_loss or algo.entropy_coef > 0 or self.critic)
-        parts = minibatches(groups, self.train.minibatches, self.train.microbatch_tokens, skip_dead)
+        parts = minibatches(
+            groups, self.train.minibatches, self.train.microbatch_tokens, skip_dead, self.cost
+        )
         sums, first = Sums(), True
         with self._training():
             if len(parts) * self.train.epochs > 1 and self.rounds:
@@ -168,8 +178,8 @@ class Trainer:
         """Old log-probs of fresh tokens from forwards of the shapes that training will run."""
         for part in parts:
             for microbatch in part.microbatches:
-                microbatch.fresh = self._logprobs(self.model, microbatch.pairs).logprobs
-                self._book(1, microbatch.pairs)
+                microbatch.fresh = self.forwards.logprobs(self.model, microbatch.layout).logprobs
+                self.forwards.book(1, microbatch.layout)
 
     def _optimizer_step(self, part: Minibatch, first: bool, sums: Sums) -> bool:
         """Whether the policy was changed. first: it is still the one that the batch found."""
@@ -223,16 +233,16 @@ class Trainer:
         """Forward and backward of policy and critic; returns the share of the policy's loss."""
         critic, shared = self.critic, self.critic is not None and self.critic.trunk is None
         if critic is not None and not shared:
-            with self._cast():
+            with self.forwards.cast():
                 value = critic.loss(batch, part, sums)
             value.backward()
-            self._book(self.passes, batch.pairs)
+            self.forwards.book(self.passes, batch.layout)
             if policy_waits:
                 return 0.0
-        now = self._logprobs(
-            self.model, batch.pairs, entropy=self.algo.entropy_coef > 0, hidden=shared
+        now = self.forwards.logprobs(
+            self.model, batch.layout, entropy=self.algo.entropy_coef > 0, hidden=shared
         )
-        self._book(1 if policy_waits else self.passes, batch.pairs)
+        self.forwards.book(1 if policy_waits else self.passes, batch.layout)
         loss = whole = self.policy_loss(now, batch, part, first, sums)
         if critic is not None and shared:
             assert now.hidden is not None
@@ -244,29 +254,9 @@ class Trainer:
         whole.backward()
         return loss.item()
 
-    def _logprobs(
-        self,
-        model: PreTrainedModel,
-        pairs: Sequence[Pair],
-        entropy: bool = False,
-        hidden: bool = False,
-    ) -> LogProbs:
-        with self._cast():
-            return token_logprobs(
-                model, pairs, temperature=self.temperature, entropy=entropy, hidden=hidden
-            )
-
-    def _cast(self) -> torch.autocast:
-        enabled = self.autocast is not None
-        return torch.autocast(self.model.device.type, self.autocast, enabled=enabled)
-
-    def _book(self, passes: int, pairs: Sequence[Pair]) -> None:
-        self.work.append((passes, [len(a) + len(b) for a, b in pairs]))
-
     def take_work(self) -> list[Work]:
         """What has been run since the last call, for the ledger."""
-        work, self.work = self.work, []
-        return work
+        return self.forwards.take_work()
 
     @contextmanager
     def _training(self) -> Iterator[None]:

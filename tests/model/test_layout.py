@@ -1,0 +1,352 @@
+"""Forwards laid out of rollouts: every token stands once behind its own text, whatever is shared,
+and what the model says of it is what a plain forward says."""
+
+import itertools
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from reroll.model.flops import ATTENTION_FREE, CostModel
+from reroll.model.layout import (
+    MASK_ELEMENTS,
+    Layout,
+    Pair,
+    cut,
+    in_order,
+    lay_out,
+    neighbours,
+    row_cost,
+)
+from reroll.model.logprobs import token_logprobs
+from reroll.model.masks import attention_mask
+from reroll.model.tree import tree_mask
+from tests.model.plain import plain
+from tests.tiny import MIXTURES, SERVED, VOCABULARY, tiny, wide
+
+DEAR = CostModel(per_token=1.0, per_context=0.05)
+"""attention that makes wide rows dear"""
+TOKENS = st.sampled_from([0, 1, 2])
+PAIRS = st.lists(
+    st.tuples(st.lists(TOKENS, min_size=1, max_size=4), st.lists(TOKENS, min_size=1, max_size=6)),
+    min_size=1,
+    max_size=10,
+)
+
+
+def read(layout: Layout) -> list[tuple[list[int], int]]:
+    """(text that the model sees before it, token) of each packed token, by mask and positions."""
+    rows, width = layout.tokens.shape
+    if layout.columns is None:
+        seen = torch.ones(width, width).tril().bool().expand(rows, width, width)
+        position = torch.arange(width).expand(rows, width)
+    else:
+        order, end, position = layout.columns
+        seen = tree_mask(order, end, width)
+    predictions = []
+    for row, column in layout.wanted.nonzero().tolist():
+        columns = seen[row, column].nonzero()[:, 0]
+        columns = columns[position[row, columns].argsort()]
+        assert position[row, columns].tolist() == list(range(len(columns)))  # none is missing
+        predictions.append(layout.tokens[row, columns].tolist())
+    of_token = layout.of_rollouts(torch.arange(len(predictions))).tolist()
+    targets = layout.target if layout.gather is None else layout.target[layout.gather]
+    return [(predictions[i], t) for i, t in zip(of_token, targets.tolist(), strict=True)]
+
+
+def distinct(pairs: list[Pair]) -> int:
+    """Distinct prefixes, the empty one left out."""
+    texts = [(*a, *b) for a, b in pairs]
+    return len({text[:n] for text in texts for n in range(1, len(text) + 1)})
+
+
+@settings(max_examples=200)
+@given(PAIRS, st.sampled_from([None, 1, 8, 20]), st.sampled_from([None, DEAR, ATTENTION_FREE]))
+@example([([0], [0, 0]), ([0], [0, 0])], None, ATTENTION_FREE)  # the same twice
+@example([([0, 1], [2]), ([0], [1, 2, 0])], None, ATTENTION_FREE)  # a prefix given to one alone
+def test_every_token_is_drawn_from_its_own_text(pairs, max_tokens, cost):
+    layouts = lay_out(pairs, max_tokens, cost)
+    assert sorted(k for layout in layouts for k in layout.which) == list(range(len(pairs)))
+    for layout in layouts:
+        found = iter(read(layout))
+        for k in layout.which:
+            context, continuation = pairs[k]
+            for i, token in enumerate(continuation):
+                assert next(found) == ([*context, *continuation[:i]], token)
+        assert next(found, None) is None
+        whole = [len(pairs[k][0]) + len(pairs[k][1]) for k in layout.which]
+        assert layout.flat == sum(whole)
+        rows, width = layout.tokens.shape
+        assert max_tokens is None or rows * width <= max_tokens or rows == 1
+        if layout.columns is None:
+            assert rows == len(whole) and layout.nodes == layout.flat
+            assert layout.context == sum(n * (n + 1) // 2 for n in whole)
+        else:
+            real = layout.columns[2] + 1 if layout.columns is not None else None
+            assert real is not None and layout.nodes < layout.flat
+            assert layout.context == int(real[layout.columns[0] < width].sum())
+    if cost is None:
+        assert sum(layout.nodes for layout in layouts) == sum(len(a) + len(b) for a, b in pairs)
+
+
+@given(PAIRS)
+def test_each_distinct_prefix_is_run_once_where_that_is_all_that_counts(pairs):
+    free = CostModel(per_token=1.0, per_context=0.0)
+    layouts = lay_out(pairs, None, free)
+    alone = sum(len(a) + len(b) for a, b in pairs)
+    nodes = sum(layout.nodes for layout in layouts)
+    # but for texts that share less than a twentieth of a row
+    assert distinct(pairs) <= nodes <= min(alone, 1.05 * distinct(pairs))
+
+
+@given(st.lists(st.lists(TOKENS, min_size=1, max_size=6), max_size=12))
+def test_neighbours_share_most(texts):
+    arrays = [np.array(text) for text in texts]
+    order, shared = neighbours(arrays)
+    assert sorted(order) == list(range(len(texts)))
+    whole = [texts[k] for k in order]
+    for i, text in enumerate(whole):
+        # with the one before it a text shares at least what it shares with any earlier one
+        common = [
+            next(
+                (n for n, (a, b) in enumerate(zip(text, o, strict=False)) if a != b),
+                min(len(text), len(o)),
+            )
+            for o in whole[:i]
+        ]
+        assert shared[i] == max(common, default=0) == (common[-1] if common else 0)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.lists(TOKENS, min_size=1, max_size=8), min_size=1, max_size=7),
+    st.floats(0.0, 0.3),
+    st.sampled_from([6, 12, 1000]),
+)
+def test_the_cut_is_the_cheapest(texts, each, widest):
+    arrays, cost = [np.array(text) for text in texts], CostModel(1.0, each)
+    order, shared = neighbours(arrays)
+
+    def price(first: int, stop: int) -> float:
+        width = len(texts[order[first]])
+        width += sum(len(texts[order[i]]) - shared[i] for i in range(first + 1, stop))
+        if stop - first == 1:
+            return row_cost(cost, width, shared=False)
+        joined = all(shared[i] > 0 for i in range(first + 1, stop))
+        return row_cost(cost, width, shared=True) if width <= widest and joined else float("inf")
+
+    count, least = len(order), float("inf")
+    for ends in itertools.product([False, True], repeat=count - 1):
+        bounds = [0, *(i + 1 for i, end in enumerate(ends) if end), count]
+        least = min(least, sum(price(a, b) for a, b in itertools.pairwise(bounds)))
+    rows = cut(arrays, cost, widest)
+    assert [k for row in rows for k in row] == order
+    starts = [0, *itertools.accumulate(map(len, rows))]
+    found = sum(price(a, b) for a, b in itertools.pairwise(starts))
+    assert found == pytest.approx(least, rel=1e-12)
+
+
+def test_by_hand():
+    # 5 6 | 7 8    two replies of one prompt, one of which goes on where the other ends,
+    # 5 6 | 7      and a third; 9 shares nothing
+    pairs = [([5, 6], [7, 8]), ([9], [9, 9]), ([5, 6], [7]), ([5, 6], [1])]
+    alone, shared = lay_out(pairs, None, ATTENTION_FREE)
+    assert alone.which == [1] and alone.tokens.tolist() == [[9, 9, 9]] and alone.columns is None
+    assert sorted(shared.which) == [0, 2, 3] and shared.nodes == 5 and shared.flat == 4 + 3 + 3
+    assert sorted(shared.tokens[0].tolist()) == [1, 5, 6, 7, 8]
+    assert shared.context == 1 + 2 + 3 + 3 + 4
+    assert int(shared.wanted.sum()) == 2  # behind 6, and behind 7
+    assert sorted(shared.target.tolist()) == [1, 7, 8]  # 7 is drawn once, for both
+
+
+def test_little_sharing_goes_flat():
+    # 24 of 25 tokens are each one's own
+    pairs = [([0], list(range(1, 25))), ([0], list(range(25, 49)))]
+    (layout,) = lay_out(pairs, None, ATTENTION_FREE)
+    assert layout.columns is None and layout.nodes == 50
+    pairs = [([0, 1, 2], list(range(3, 25))), ([0, 1, 2], list(range(25, 47)))]
+    (layout,) = lay_out(pairs, None, ATTENTION_FREE)
+    assert layout.columns is not None and layout.nodes == 3 + 44
+
+
+def test_wide_rows_are_split_and_each_piece_carries_the_trunk():
+    trunk = list(range(20))
+    pairs = [(trunk, [20 + k] * 30) for k in range(8)]
+    (layout,) = lay_out(pairs, None, ATTENTION_FREE)
+    assert layout.tokens.shape == (1, 20 + 8 * 30)
+    for max_tokens in (150, 90, 60):
+        layouts = lay_out(pairs, max_tokens, ATTENTION_FREE)
+        per_row = (max_tokens - 20) // 30
+        wide = [layout for layout in layouts if layout.columns is not None]
+        assert all(layout.tokens.numel() <= max_tokens for layout in layouts)
+        if per_row > 1:
+            assert sum(layout.nodes for layout in wide) == 8 // per_row * (20 + per_row * 30)
+        else:
+            assert not wide and len(layouts) == 8
+
+
+def test_masks_are_bounded(monkeypatch):
+    monkeypatch.setattr("reroll.model.layout.MASK_ELEMENTS", 5000)
+    pairs = [([k] * 10, [50 + j] * 10) for k in range(6) for j in range(4)]
+    for layout in lay_out(pairs, None, ATTENTION_FREE):
+        assert layout.columns is not None
+        rows, width = layout.tokens.shape
+        assert width == 50 and rows <= 2
+    assert MASK_ELEMENTS == 1 << 26
+
+
+@pytest.mark.parametrize(
+    "budget, shapes",
+    [
+        (None, [(7, 100)]),  # without a budget all in one
+        # 10 alone is small, under a tenth of the budget, and takes what comes; 10 + 30 take no more
+        (400, [(2, 30), (3, 30), (2, 100)]),
+        (4000, [(7, 100)]),  # a tenth of it: small, as a whole
+        (90, [(1, 10), (3, 30), (1, 30), (1, 100), (1, 100)]),
+    ],
+)
+def test_little_of_a_forward_is_padding(budget, shapes):
+    pairs = [([1], [2] * (n - 1)) for n in (30, 100, 30, 10, 30, 100, 30)]
+    assert [tuple(x.tokens.shape) for x in lay_out(pairs, budget)] == shapes
+
+
+def test_nothing_to_lay_out():
+    assert lay_out([]) == lay_out([], 10, DEAR) == []
+
+
+def test_in_order_undoes_the_sorting():
+    pairs = [([1], [2] * n) for n in (3, 1, 2)]
+    layouts = lay_out(pairs, 6)
+    streams = [
+        torch.tensor([float(10 * k + i) for k in layout.which for i in range(len(pairs[k][1]))])
+        for layout in layouts
+    ]
+    assert in_order(layouts, streams, [3, 1, 2]).tolist() == [0, 1, 2, 10, 20, 21]
+
+
+# --- what the model says ------------------------------------------------------------------------
+
+SINGLE = {*MIXTURES, "gemma2"}
+"""computed in float32; of Gemma 2 only the softmax of its attention is"""
+
+
+def ragged(seed: int = 0) -> list[Pair]:
+    """Groups with shared prompts and beginnings, identical rollouts, one-token rollouts, nested
+    prefixes, and some that share nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, VOCABULARY, (count,), generator=generator).tolist()
+
+    prompt, other, begun = tokens(9), tokens(3), tokens(8)
+    return [
+        (prompt, [*begun, *tokens(5)]),
+        (prompt, [*begun[:4], *tokens(7)]),
+        (prompt, begun),
+        (prompt, begun),
+        (prompt, tokens(1)),
+        (other, tokens(6)),
+        (other, [*tokens(2)]),
+        (tokens(5), tokens(4)),
+        ([*prompt, *begun[:3]], [*begun[3:], *tokens(3)]),  # a prefix that is given
+        ([*prompt, *begun[:6]], tokens(2)),
+    ]
+
+
+def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_trees_say_what_plain_forwards_say(name):
+    with nullcontext() if name in SINGLE else wide():
+        compare_with_plain(name)
+
+
+def compare_with_plain(name):
+    model, pairs = tiny(name), ragged()
+    got = token_logprobs(
+        model, pairs, temperature=0.7, entropy=True, hidden=True, cost=ATTENTION_FREE
+    )
+    assert got.entropy is not None and got.hidden is not None
+    each = [plain(model, *pair, temperature=0.7) for pair in pairs]
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*each, strict=True))
+    bound = 2e-5 if name in SINGLE else 1e-12
+    assert (got.logprobs - logprobs).abs().max() < bound
+    assert (got.entropy - entropy).abs().max() < bound
+    states = token_logprobs(model, pairs, temperature=0.7, hidden=True).hidden
+    assert states is not None and (got.hidden - states).abs().max() < bound
+    weights = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
+    shared = gradient(model, (weights * (got.logprobs + 0.5 * got.entropy)).sum())
+    apart = gradient(model, (weights * (logprobs + 0.5 * entropy)).sum())
+    assert apart.norm() > 1
+    assert (shared - apart).norm() < (1e-5 if name in SINGLE else 1e-10) * apart.norm()
+
+
+def test_windows_go_by_depth_and_the_comparison_can_fail(monkeypatch):
+    model, pairs = tiny("mistral_window"), ragged()
+    expected = token_logprobs(model, pairs).logprobs
+
+    def by_column(style, seen, query, key, dtype):
+        columns = torch.arange(key.shape[1]).expand(key.shape)
+        return attention_mask(style, seen, columns, columns, dtype)
+
+    monkeypatch.setattr("reroll.model.logprobs.attention_mask", by_column)
+    got = token_logprobs(model, pairs, cost=ATTENTION_FREE).logprobs
+    assert (got - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2_moe"])
+def test_trees_in_float32(name):
+    model, pairs = tiny(name, dtype=torch.float32), ragged(1)
+    with torch.no_grad():
+        shared = token_logprobs(model, pairs, cost=ATTENTION_FREE).logprobs
+        flat = token_logprobs(model, pairs).logprobs
+    assert shared.dtype == torch.float32 and (shared - flat).abs().max() < 2e-5
+    weights = torch.linspace(-1, 2, len(flat))
+    one, other = (
+        gradient(model, (weights * token_logprobs(model, pairs, cost=cost).logprobs).sum())
+        for cost in (ATTENTION_FREE, None)
+    )
+    assert (one - other).norm() < 1e-5 * other.norm()
+
+
+def test_trees_under_autocast():
+    model, pairs = tiny("qwen3", dtype=torch.float32), ragged(2)
+    flat = token_logprobs(model, pairs).logprobs
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = token_logprobs(model, pairs, cost=ATTENTION_FREE).logprobs
+        alone = token_logprobs(model, pairs).logprobs
+    # as near to the exact ones as plain forwards under autocast are
+    assert rounded.dtype == torch.float32
+    off, as_far = (rounded - flat).abs().max(), (alone - flat).abs().max()
+    assert 0 < off < 3 * as_far
+
+
+REPLIES = st.lists(
+    st.tuples(st.lists(TOKENS, max_size=5), st.lists(TOKENS, min_size=1, max_size=4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(TOKENS, min_size=1, max_size=6), REPLIES), min_size=1, max_size=4),
+    st.sampled_from(["llama", "qwen3_window"]),
+    st.sampled_from([None, 30]),
+)
+def test_any_groups_in_float64(groups, name, max_tokens):
+    pairs = [(prompt, [*begun, *rest]) for prompt, replies in groups for begun, rest in replies]
+    model = tiny(name)
+    with wide():
+        flat = token_logprobs(model, pairs).logprobs
+        got = token_logprobs(model, pairs, max_tokens=max_tokens, cost=ATTENTION_FREE).logprobs
+        assert (got - flat).abs().max() < 1e-11
+        weights = torch.linspace(-1, 2, len(flat), dtype=flat.dtype)
+        one, other = (gradient(model, (weights * x).sum()) for x in (got, flat))
+    assert (one - other).norm() <= 1e-10 * other.norm()

@@ -1,0 +1,157 @@
+"""What rollouts begin with alike is run once, and no algorithm notices."""
+
+import pytest
+import torch
+
+from reroll.config import CorrectSection, LoraSection
+from reroll.model.flops import ATTENTION_FREE
+from reroll.model.load import switch_off_dropout
+from reroll.model.lora import add_lora
+from reroll.train.batch import minibatches
+from reroll.types import Group, Prompt
+from tests.tiny import VOCABULARY, tiny, wide
+from tests.train.batches import assert_same, credit, gradients, make_trainer, rollout, store
+from tests.train.test_critic import make_ppo, walk
+
+
+def ragged() -> list[Group]:
+    """Groups whose rollouts begin alike, identical and one-token rollouts, one of n = 1, given,
+    masked and stale tokens, an ungraded rollout."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(1, VOCABULARY, (count,), generator=generator).tolist()
+
+    def made(row: int, replies: list[list[int]], rewards: list[float | None], **how) -> Group:
+        prompt = Prompt(row, f"problem {row}", (7, *tokens(4)))
+        pairs = zip(replies, rewards, strict=True)
+        return Group(prompt, [rollout(prompt, ids, reward, **how) for ids, reward in pairs])
+
+    begun, other = tokens(6), tokens(5)
+    same = [*begun, *tokens(2)]
+    groups = [
+        made(0, [same, same, [*begun, *tokens(4)], tokens(1)], [1.0, 0.0, 0.5, 0.0]),
+        made(1, [[*other, *tokens(3)], [*other, *tokens(1)], other], [0.0, None, 1.0], prefix=2),
+        made(2, [tokens(7), tokens(5)], [1.0, 0.0], weight=0.5),
+        made(3, [tokens(9)], [1.0]),
+    ]
+    groups[0].rollouts[2].completion.loss_mask[1:3] = [False] * 2
+    return groups
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with wide():
+        yield
+
+
+ALGORITHMS = {
+    "grpo": dict(),
+    "dr_grpo": dict(name="dr_grpo"),
+    "dapo": dict(name="dapo"),
+    "gspo": dict(name="gspo", clip_low=0.2, clip_high=0.2),
+    "rloo": dict(name="rloo"),
+    "reinforce_pp": dict(name="reinforce_pp"),
+    "KL and entropy": dict(kl_coef=0.2, entropy_coef=0.1),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_window"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("budget", [10_000, 40])
+def test_gradients_of_every_algorithm(name, algo, budget):
+    model, groups = tiny(name), ragged()
+    store(model, groups, noise=0.05)
+    found = []
+    for cost in (None, ATTENTION_FREE):
+        settings = ALGORITHMS[algo]
+        reference = tiny(name, seed=1) if "kl_coef" in settings else None
+        trainer = make_trainer(
+            model, algo=settings, reference=reference, temperature=0.8, epochs=2,
+            microbatch_tokens=budget,
+        )  # fmt: skip
+        trainer.cost = cost
+        trainer.rounds = True  # old log-probs are scored again, on the same forwards
+        found.append(gradients(trainer, groups))
+    (flat, flat_metrics), (shared, metrics) = found
+    assert flat_metrics["tree_tokens_ratio"] == 1 > metrics["tree_tokens_ratio"]
+    assert len(flat) == len(shared) == 2
+    for one, other in zip(shared, flat, strict=True):
+        assert_same(one, other)
+    for key in flat_metrics.keys() - {"tree_tokens_ratio"}:
+        assert metrics[key] == pytest.approx(flat_metrics[key], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["tis", "decoupled", "mask"])
+def test_gradients_of_stale_tokens(mode):
+    model, groups = tiny("llama"), ragged()
+    groups[0].rollouts[0].completion.versions[3:5] = [-2] * 2
+    groups[2].rollouts[1].completion.versions[:2] = [-3] * 2
+    store(model, groups, noise=0.3)
+    found = []
+    for cost in (None, ATTENTION_FREE):
+        trainer = make_trainer(model, correct=CorrectSection(mode=mode), minibatches=2)
+        trainer.cost = cost
+        found.append(gradients(trainer, groups)[0])
+    for one, other in zip(*found, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+def test_gradients_of_policy_and_critic(trunk, checkpointing):
+    found = []
+    for cost in (None, ATTENTION_FREE):
+        model, groups = tiny("gpt2"), ragged()
+        switch_off_dropout(model)
+        store(model, groups, noise=0.05)
+        trainer = make_ppo(model, trunk, gradient_checkpointing=checkpointing)
+        trainer.cost = cost
+        credited, _ = trainer.credit(groups)
+        values = torch.cat([c.values for part in credited for c in part if c.values is not None])
+        ((_, _, policy, critic),) = walk(trainer, credited, move=False)
+        found.append((values, policy, critic))
+    for one, other in zip(*found, strict=True):
+        assert_same(one, other)
+
+
+def test_lora_on_trees():
+    found = []
+    for cost in (None, ATTENTION_FREE):
+        model, groups = tiny("llama"), ragged()
+        add_lora(model, LoraSection(rank=2), 0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # they begin at zero
+                torch.nn.init.normal_(
+                    parameter, std=0.1, generator=torch.Generator().manual_seed(1)
+                )
+        trainer = make_trainer(model)
+        trainer.cost = cost
+        found.append(gradients(trainer, groups)[0][0])
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_gradients_in_lower_precision(dtype, bound):
+    found = []
+    for cost in (None, ATTENTION_FREE):
+        model, groups = tiny("qwen3", dtype=torch.float32), ragged()
+        autocast = dtype if dtype == torch.bfloat16 else None
+        trainer = make_trainer(model, autocast=autocast)
+        trainer.cost = cost
+        found.append(gradients(trainer, groups)[0][0])
+    assert_same(found[1], found[0], bound)
+
+
+def test_microbatches_hold_nodes():
+    # 5 tokens of prompt, 4 more that all begin with, 3 of each one's own
+    prompt = Prompt(0, "", (1, 2, 3, 4, 5))
+    replies = [[6, 7, 8, 9, 10 + k, 10 + k, 10 + k] for k in range(4)]
+    made = Group(prompt, [rollout(prompt, ids, float(k)) for k, ids in enumerate(replies)])
+    (part,) = minibatches(credit([made]), 1, 21, True, ATTENTION_FREE)
+    (batch,) = part.microbatches
+    assert batch.layout.nodes == batch.layout.tokens.numel() == 9 + 4 * 3
+    assert batch.lengths == [7] * 4 and len(batch.mask) == 28
+    (part,) = minibatches(credit([made]), 1, 20, True, ATTENTION_FREE)
+    # a long group is split, and each piece carries the trunk
+    assert sorted(m.layout.nodes for m in part.microbatches) in ([12, 18], [15, 15])
