@@ -106,12 +106,12 @@ def cut(texts: Sequence[np.ndarray], cost: CostModel, widest: int) -> list[list[
     """
     order, shared = neighbours(texts)
     lengths = [len(texts[k]) for k in order]
+    alone = [row_cost(cost, n, shared=False) for n in lengths]
     least, start = [0.0], []
     for stop in range(1, len(order) + 1):
-        first = stop - 1
-        best = least[first] + row_cost(cost, lengths[first], shared=False)
-        begin, width = first, lengths[first]
-        while first > 0 and shared[first] > 0:
+        begin = first = stop - 1
+        best, width = least[first] + alone[first], lengths[first]
+        while shared[first] > 0:
             # the row's first text stands whole, each other one adds what it does not share
             width += lengths[first - 1] - shared[first]
             first -= 1
