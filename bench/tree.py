@@ -48,12 +48,13 @@ from reroll.rollout.collect import CollectSpec, collect
 from reroll.rollout.decisions import Decisions
 from reroll.rundir import RunDir
 from reroll.setup import Parts as RunParts
-from reroll.setup import prepare
+from reroll.setup import load_policy, prepare
 from reroll.train.trainer import Trainer
 from reroll.types import Completion, Group, Prompt, Purpose, Rollout
 
 SEEDS = (0, 1, 2)
 REPEATS = 20
+DEMO = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"
 STILL = 1e-30
 """a learning rate that moves no float32 weight"""
 E2E = Setting("careful", epochs=3, threads=2)
@@ -147,7 +148,6 @@ def kept(trainer: Trainer, credited: Sequence[Any]) -> float:
 
 def demo_groups(n: int, seed: int, steps: int, prompts: int) -> tuple[PreTrainedModel, list[Group]]:
     """The demo's policy after some training, and graded groups of it that carry a gradient."""
-    demo = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "run.out": f"{folder}/run",
@@ -155,7 +155,7 @@ def demo_groups(n: int, seed: int, steps: int, prompts: int) -> tuple[PreTrained
             "eval.samples": "1",
             "log.display": "off",
         }
-        config = load_config(demo, settings)
+        config = load_config(DEMO, settings)
         run = RunDir(config.run.out)
         run.open(config)
         with prepare(config, run, None) as parts:
@@ -201,9 +201,9 @@ def random_groups(
     return made
 
 
-def longer(model: PreTrainedModel, positions: int) -> PreTrainedModel:
-    """A model of the same shape with more positions, its weights random."""
-    config = model.config
+def longer(positions: int) -> PreTrainedModel:
+    """A model of the demo policy's shape with more positions, its weights random."""
+    config = load_policy(load_config(DEMO)).config
     config.max_position_embeddings = positions
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -228,9 +228,8 @@ def measure(case: str, seed: int, sizes: Sizes) -> dict[str, Any]:
         steps = sizes.steps if kind == "after" else 0
         model, groups = demo_groups(int(n), seed, steps, sizes.prompts)
         return compare(model, groups, 8192, sizes.repeats)
-    model, _ = demo_groups(2, seed, 0, 2)
+    model = longer(4 * sizes.long_prompt)
     vocabulary = model.config.vocab_size
-    model = longer(model, 4 * sizes.long_prompt)
     if kind == "unshared":
         # a prompt of one token: what a group shares
         groups = random_groups(seed, 8 * sizes.long_groups, 8, 1, 80, vocabulary)
