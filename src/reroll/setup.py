@@ -74,6 +74,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     trainer = make_trainer(config, model, autocast)
     trees = config.train.trees and trains_on_trees(model, autocast)
     trainer.cost = cost_model(model) if trees else None
+    trainer.behind &= trees and trains_on_trees(model, autocast, leafy=True)
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
     notes = []

@@ -1,5 +1,6 @@
 """The start-up self-check serves what works and refuses, with the reason, what does not."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,14 +76,15 @@ def test_ordinary_models_take_trees(name: str) -> None:
     model = tiny(name)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     window = getattr(model.config, "sliding_window", None)
-    assert takes_trees(model) is True and trains_on_trees(model) is True
+    assert takes_trees(model) is trains_on_trees(model) is True
+    assert trains_on_trees(model, leafy=True) is True
     assert getattr(model.config, "sliding_window", None) == window
     assert not model.training
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
 def test_trees_are_taken_within_the_noise_of_autocast() -> None:
-    for check in (takes_trees, trains_on_trees):
+    for check in (takes_trees, trains_on_trees, partial(trains_on_trees, leafy=True)):
         assert check(tiny("qwen3", dtype=torch.float32), torch.bfloat16) is True
         assert check(tiny("qwen3", dtype=torch.bfloat16)) is True
 
@@ -104,6 +106,7 @@ def test_a_model_that_ignores_what_makes_a_tree_takes_none(
     monkeypatch.setattr(model, "forward", deaf)
     assert check_servable(model) < 1e-9
     assert takes_trees(model) is trains_on_trees(model) is False
+    assert trains_on_trees(model, leafy=True) is False
 
 
 def test_a_model_whose_forward_fails_on_trees_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +121,4 @@ def test_a_model_whose_forward_fails_on_trees_takes_none(monkeypatch: pytest.Mon
     monkeypatch.setattr(model, "forward", brittle)
     assert check_servable(model) < 1e-9
     assert takes_trees(model) is trains_on_trees(model) is False
+    assert trains_on_trees(model, leafy=True) is False

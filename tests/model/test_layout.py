@@ -2,7 +2,9 @@
 and what the model says of it is what a plain forward says."""
 
 import itertools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,25 +12,31 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from reroll.model.cut import LEAST_GAIN, cut, leaf_context, leafy_cost, leaves_pay, neighbours
 from reroll.model.flops import ATTENTION_FREE, CostModel
-from reroll.model.layout import (
-    MASK_ELEMENTS,
-    Layout,
-    Pair,
-    cut,
-    in_order,
-    lay_out,
-    neighbours,
-    row_cost,
-)
+from reroll.model.layout import MASK_ELEMENTS, Layout, Pair, in_order, lay_out
 from reroll.model.logprobs import token_logprobs
 from reroll.model.masks import attention_mask
-from reroll.model.tree import tree_mask
+from reroll.model.tree import merge, tree_mask
 from tests.model.plain import plain
 from tests.tiny import MIXTURES, SERVED, VOCABULARY, tiny, wide
 
 DEAR = CostModel(per_token=1.0, per_context=0.05)
 """attention that makes wide rows dear"""
+KINDS = [(None, False), (DEAR, False), (DEAR, True), (ATTENTION_FREE, False)]
+"""(cost, whether leaves are free): flat, narrow rows, rows with leaves, wide rows"""
+
+
+@contextmanager
+def leaves(free: bool) -> Iterator[None]:
+    """Leaves that cost nothing but themselves, wherever a tree is wider than its trunk."""
+    if not free:
+        yield
+        return
+    with patch.multiple("reroll.model.cut", LEAF=0, COPY=0):
+        yield
+
+
 TOKENS = st.sampled_from([0, 1, 2])
 PAIRS = st.lists(
     st.tuples(st.lists(TOKENS, min_size=1, max_size=4), st.lists(TOKENS, min_size=1, max_size=6)),
@@ -52,6 +60,12 @@ def read(layout: Layout) -> list[tuple[list[int], int]]:
         columns = columns[position[row, columns].argsort()]
         assert position[row, columns].tolist() == list(range(len(columns)))  # none is missing
         predictions.append(layout.tokens[row, columns].tolist())
+    for part in layout.leaves:
+        for row, column in part.wanted.nonzero().tolist():
+            path = part.past[row]
+            assert (path[1:] >= 0).sum() == (path >= 0).sum() - 1  # it stands at the front
+            before = layout.tokens.flatten()[path[path >= 0]].tolist()
+            predictions.append(before + part.tokens[row, : column + 1].tolist())
     of_token = layout.of_rollouts(torch.arange(len(predictions))).tolist()
     targets = layout.target if layout.gather is None else layout.target[layout.gather]
     return [(predictions[i], t) for i, t in zip(of_token, targets.tolist(), strict=True)]
@@ -64,11 +78,14 @@ def distinct(pairs: list[Pair]) -> int:
 
 
 @settings(max_examples=200)
-@given(PAIRS, st.sampled_from([None, 1, 8, 20]), st.sampled_from([None, DEAR, ATTENTION_FREE]))
-@example([([0], [0, 0]), ([0], [0, 0])], None, ATTENTION_FREE)  # the same twice
-@example([([0, 1], [2]), ([0], [1, 2, 0])], None, ATTENTION_FREE)  # a prefix given to one alone
-def test_every_token_is_drawn_from_its_own_text(pairs, max_tokens, cost):
-    layouts = lay_out(pairs, max_tokens, cost)
+@given(PAIRS, st.sampled_from([None, 1, 8, 20]), st.sampled_from(KINDS))
+@example([([0], [0, 0]), ([0], [0, 0])], None, (ATTENTION_FREE, False))  # the same twice
+@example([([0, 1], [2]), ([0], [1, 2, 0])], None, (ATTENTION_FREE, False))  # given to one alone
+@example([([0, 1], [2, 2, 2]), ([0, 1], [1, 1, 2, 0])], None, (DEAR, True))
+def test_every_token_is_drawn_from_its_own_text(pairs, max_tokens, kind):
+    cost, free = kind
+    with leaves(free):
+        layouts = lay_out(pairs, max_tokens, cost)
     assert sorted(k for layout in layouts for k in layout.which) == list(range(len(pairs)))
     for layout in layouts:
         found = iter(read(layout))
@@ -79,15 +96,19 @@ def test_every_token_is_drawn_from_its_own_text(pairs, max_tokens, cost):
         assert next(found, None) is None
         whole = [len(pairs[k][0]) + len(pairs[k][1]) for k in layout.which]
         assert layout.flat == sum(whole)
-        rows, width = layout.tokens.shape
-        assert max_tokens is None or rows * width <= max_tokens or rows == 1
+        rows = len(layout.tokens)
+        assert max_tokens is None or layout.padded() <= max_tokens or rows == 1
         if layout.columns is None:
             assert rows == len(whole) and layout.nodes == layout.flat
             assert layout.context == sum(n * (n + 1) // 2 for n in whole)
         else:
-            real = layout.columns[2] + 1 if layout.columns is not None else None
-            assert real is not None and layout.nodes < layout.flat
-            assert layout.context == int(real[layout.columns[0] < width].sum())
+            chosen = [pairs[k] for k in layout.which]
+            assert distinct(chosen) <= layout.nodes < layout.flat
+            assert layout.nodes <= layout.padded()
+            texts = {(*a, *b)[:n] for a, b in chosen for n in range(1, len(a) + len(b) + 1)}
+            if rows == 1:
+                assert layout.nodes == distinct(chosen)
+                assert layout.context == sum(map(len, texts))
     if cost is None:
         assert sum(layout.nodes for layout in layouts) == sum(len(a) + len(b) for a, b in pairs)
 
@@ -125,27 +146,40 @@ def test_neighbours_share_most(texts):
     st.lists(st.lists(TOKENS, min_size=1, max_size=8), min_size=1, max_size=7),
     st.floats(0.0, 0.3),
     st.sampled_from([6, 12, 1000]),
+    st.booleans(),
+    st.booleans(),
 )
-def test_the_cut_is_the_cheapest(texts, each, widest):
+def test_the_cut_is_the_cheapest(texts, each, widest, behind, free):
     arrays, cost = [np.array(text) for text in texts], CostModel(1.0, each)
     order, shared = neighbours(arrays)
 
     def price(first: int, stop: int) -> float:
-        width = len(texts[order[first]])
-        width += sum(len(texts[order[i]]) - shared[i] for i in range(first + 1, stop))
         if stop - first == 1:
-            return row_cost(cost, width, shared=False)
-        joined = all(shared[i] > 0 for i in range(first + 1, stop))
-        return row_cost(cost, width, shared=True) if width <= widest and joined else float("inf")
+            n = len(texts[order[first]])
+            return cost.flops(n, n * (n + 1) / 2)
+        # of the tree itself, node by node
+        tree = merge([texts[k] for k in order[first:stop]])
+        width, paths = len(tree) - 1, [row[row > 0] for row in tree.node]
+        if width > widest or not all(shared[i] > 0 for i in range(first + 1, stop)):
+            return float("inf")
+        whole = LEAST_GAIN * cost.flops(width, width**2)
+        inside = [int((tree.count[path] >= 2).sum()) for path in paths]
+        rests = [len(path) - n for path, n in zip(paths, inside, strict=True)]
+        context = sum(leaf_context(n, m) for n, m in zip(rests, inside, strict=True))
+        trunk = int((tree.count[1:] >= 2).sum())
+        split = leafy_cost(cost, width, trunk, sum(n > 0 for n in rests), context)
+        assert leaves_pay(cost, tree) == (split < whole)
+        return min(whole, split) if behind else whole
 
-    count, least = len(order), float("inf")
-    for ends in itertools.product([False, True], repeat=count - 1):
-        bounds = [0, *(i + 1 for i, end in enumerate(ends) if end), count]
-        least = min(least, sum(price(a, b) for a, b in itertools.pairwise(bounds)))
-    rows = cut(arrays, cost, widest)
-    assert [k for row in rows for k in row] == order
-    starts = [0, *itertools.accumulate(map(len, rows))]
-    found = sum(price(a, b) for a, b in itertools.pairwise(starts))
+    with leaves(free):
+        count, least = len(order), float("inf")
+        for ends in itertools.product([False, True], repeat=count - 1):
+            bounds = [0, *(i + 1 for i, end in enumerate(ends) if end), count]
+            least = min(least, sum(price(a, b) for a, b in itertools.pairwise(bounds)))
+        rows = cut(arrays, cost, widest, behind)
+        assert [k for row in rows for k in row] == order
+        starts = [0, *itertools.accumulate(map(len, rows))]
+        found = sum(price(a, b) for a, b in itertools.pairwise(starts))
     assert found == pytest.approx(least, rel=1e-12)
 
 
@@ -261,17 +295,19 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
+@pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("name", SERVED)
-def test_trees_say_what_plain_forwards_say(name):
-    with nullcontext() if name in SINGLE else wide():
-        compare_with_plain(name)
+def test_trees_say_what_plain_forwards_say(name, free):
+    with nullcontext() if name in SINGLE else wide(), leaves(free):
+        compare_with_plain(name, DEAR if free else ATTENTION_FREE, free)
 
 
-def compare_with_plain(name):
+def compare_with_plain(name, cost, leafy):
     model, pairs = tiny(name), ragged()
-    got = token_logprobs(
-        model, pairs, temperature=0.7, entropy=True, hidden=True, cost=ATTENTION_FREE
-    )
+    layouts = lay_out(pairs, None, cost)
+    assert any(layout.leaves for layout in layouts) == leafy
+    assert any(layout.columns is not None for layout in layouts)
+    got = token_logprobs(model, pairs, temperature=0.7, entropy=True, hidden=True, cost=cost)
     assert got.entropy is not None and got.hidden is not None
     each = [plain(model, *pair, temperature=0.7) for pair in pairs]
     logprobs, entropy = (torch.cat(parts) for parts in zip(*each, strict=True))
@@ -339,13 +375,15 @@ REPLIES = st.lists(
     st.lists(st.tuples(st.lists(TOKENS, min_size=1, max_size=6), REPLIES), min_size=1, max_size=4),
     st.sampled_from(["llama", "qwen3_window"]),
     st.sampled_from([None, 30]),
+    st.booleans(),
 )
-def test_any_groups_in_float64(groups, name, max_tokens):
+def test_any_groups_in_float64(groups, name, max_tokens, free):
     pairs = [(prompt, [*begun, *rest]) for prompt, replies in groups for begun, rest in replies]
     model = tiny(name)
-    with wide():
+    cost = DEAR if free else ATTENTION_FREE
+    with wide(), leaves(free):
         flat = token_logprobs(model, pairs).logprobs
-        got = token_logprobs(model, pairs, max_tokens=max_tokens, cost=ATTENTION_FREE).logprobs
+        got = token_logprobs(model, pairs, max_tokens=max_tokens, cost=cost).logprobs
         assert (got - flat).abs().max() < 1e-11
         weights = torch.linspace(-1, 2, len(flat), dtype=flat.dtype)
         one, other = (gradient(model, (weights * x).sum()) for x in (got, flat))

@@ -1,10 +1,12 @@
 """What rollouts begin with alike is run once, and no algorithm notices."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from reroll.config import CorrectSection, LoraSection
-from reroll.model.flops import ATTENTION_FREE
+from reroll.model.flops import ATTENTION_FREE, CostModel
 from reroll.model.load import switch_off_dropout
 from reroll.model.lora import add_lora
 from reroll.train.batch import minibatches
@@ -39,9 +41,13 @@ def ragged() -> list[Group]:
     return groups
 
 
+COSTS = {"flat": None, "trees": ATTENTION_FREE, "leaves": CostModel(1.0, 0.05)}
+
+
 @pytest.fixture(autouse=True)
 def _wide():
-    with wide():
+    # leaves that cost nothing but themselves
+    with wide(), patch.multiple("reroll.model.cut", LEAF=0, COPY=0):
         yield
 
 
@@ -63,7 +69,7 @@ def test_gradients_of_every_algorithm(name, algo, budget):
     model, groups = tiny(name), ragged()
     store(model, groups, noise=0.05)
     found = []
-    for cost in (None, ATTENTION_FREE):
+    for cost in COSTS.values():
         settings = ALGORITHMS[algo]
         reference = tiny(name, seed=1) if "kl_coef" in settings else None
         trainer = make_trainer(
@@ -73,13 +79,14 @@ def test_gradients_of_every_algorithm(name, algo, budget):
         trainer.cost = cost
         trainer.rounds = True  # old log-probs are scored again, on the same forwards
         found.append(gradients(trainer, groups))
-    (flat, flat_metrics), (shared, metrics) = found
-    assert flat_metrics["tree_tokens_ratio"] == 1 > metrics["tree_tokens_ratio"]
-    assert len(flat) == len(shared) == 2
-    for one, other in zip(shared, flat, strict=True):
-        assert_same(one, other)
-    for key in flat_metrics.keys() - {"tree_tokens_ratio"}:
-        assert metrics[key] == pytest.approx(flat_metrics[key], rel=1e-9, abs=1e-12)
+    (flat, flat_metrics), *others = found
+    for shared, metrics in others:
+        assert flat_metrics["tree_tokens_ratio"] == 1 > metrics["tree_tokens_ratio"]
+        assert len(flat) == len(shared) == 2
+        for one, other in zip(shared, flat, strict=True):
+            assert_same(one, other)
+        for key in flat_metrics.keys() - {"tree_tokens_ratio"}:
+            assert metrics[key] == pytest.approx(flat_metrics[key], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["tis", "decoupled", "mask"])
@@ -89,19 +96,20 @@ def test_gradients_of_stale_tokens(mode):
     groups[2].rollouts[1].completion.versions[:2] = [-3] * 2
     store(model, groups, noise=0.3)
     found = []
-    for cost in (None, ATTENTION_FREE):
+    for cost in COSTS.values():
         trainer = make_trainer(model, correct=CorrectSection(mode=mode), minibatches=2)
         trainer.cost = cost
         found.append(gradients(trainer, groups)[0])
-    for one, other in zip(*found, strict=True):
-        assert_same(one, other)
+    for shared in found[1:]:
+        for one, other in zip(shared, found[0], strict=True):
+            assert_same(one, other)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trunk", ["own", "shared"])
 def test_gradients_of_policy_and_critic(trunk, checkpointing):
     found = []
-    for cost in (None, ATTENTION_FREE):
+    for cost in COSTS.values():
         model, groups = tiny("gpt2"), ragged()
         switch_off_dropout(model)
         store(model, groups, noise=0.05)
@@ -111,13 +119,14 @@ def test_gradients_of_policy_and_critic(trunk, checkpointing):
         values = torch.cat([c.values for part in credited for c in part if c.values is not None])
         ((_, _, policy, critic),) = walk(trainer, credited, move=False)
         found.append((values, policy, critic))
-    for one, other in zip(*found, strict=True):
-        assert_same(one, other)
+    for shared in found[1:]:
+        for one, other in zip(shared, found[0], strict=True):
+            assert_same(one, other)
 
 
 def test_lora_on_trees():
     found = []
-    for cost in (None, ATTENTION_FREE):
+    for cost in COSTS.values():
         model, groups = tiny("llama"), ragged()
         add_lora(model, LoraSection(rank=2), 0)
         for name, parameter in model.named_parameters():
@@ -128,19 +137,21 @@ def test_lora_on_trees():
         trainer = make_trainer(model)
         trainer.cost = cost
         found.append(gradients(trainer, groups)[0][0])
-    assert_same(found[1], found[0])
+    for shared in found[1:]:
+        assert_same(shared, found[0])
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_gradients_in_lower_precision(dtype, bound):
     found = []
-    for cost in (None, ATTENTION_FREE):
+    for cost in COSTS.values():
         model, groups = tiny("qwen3", dtype=torch.float32), ragged()
         autocast = dtype if dtype == torch.bfloat16 else None
         trainer = make_trainer(model, autocast=autocast)
         trainer.cost = cost
         found.append(gradients(trainer, groups)[0][0])
-    assert_same(found[1], found[0], bound)
+    for shared in found[1:]:
+        assert_same(shared, found[0], bound)
 
 
 def test_microbatches_hold_nodes():
@@ -155,3 +166,14 @@ def test_microbatches_hold_nodes():
     (part,) = minibatches(credit([made]), 1, 20, True, ATTENTION_FREE)
     # a long group is split, and each piece carries the trunk
     assert sorted(m.layout.nodes for m in part.microbatches) in ([12, 18], [15, 15])
+
+
+def test_leaves_are_there_but_not_under_checkpointing():
+    groups = ragged()
+    for checkpointing in (False, True):
+        model = tiny("llama")
+        trainer = make_trainer(model, gradient_checkpointing=checkpointing)
+        trainer.cost = COSTS["leaves"]
+        gradients(trainer, groups)
+        there = [bool(layout.leaves) for _, layout in trainer.take_work()]
+        assert any(there) is not checkpointing

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from reroll.engine.base import Finished
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.errors import UserError
-from reroll.model.flops import ATTENTION_FREE
+from reroll.model.layout import one_tree
 from reroll.model.load import embeddings
-from reroll.model.logprobs import token_logprobs
+from reroll.model.logprobs import layout_logprobs, token_logprobs
 from reroll.types import Completion, Draft, Request, Sampling
 
 _LENGTHS = (3, 9, 6)
@@ -68,8 +68,10 @@ def takes_trees(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
         return False
 
 
-def trains_on_trees(model: PreTrainedModel, autocast: torch.dtype | None = None) -> bool:
-    """Whether a forward over a prefix tree gives what plain forwards over its texts give."""
+def trains_on_trees(
+    model: PreTrainedModel, autocast: torch.dtype | None = None, leafy: bool = False
+) -> bool:
+    """Whether forwards over a prefix tree (leafy: in two stages) give what plain ones give."""
     vocabulary = embeddings(model)[1].shape[0]
     prompt, one, other = ([(i * k + k) % vocabulary for i in range(6)] for k in (1, 3, 5))
     pairs = [(prompt, one), (prompt, [*one[:3], *other]), (prompt, other), (prompt[:4], one[:1])]
@@ -79,7 +81,7 @@ def trains_on_trees(model: PreTrainedModel, autocast: torch.dtype | None = None)
             torch.no_grad(),
             torch.autocast(model.device.type, autocast, enabled=autocast is not None),
         ):
-            shared = token_logprobs(model, pairs, cost=ATTENTION_FREE).logprobs
+            shared = layout_logprobs(model, one_tree(pairs, leafy)).logprobs
             plain = token_logprobs(model, pairs).logprobs
     except Exception:  # whatever it does wrong, it does not take trees
         return False

@@ -1,13 +1,14 @@
 """How ragged rollouts become forwards: those that begin alike share a row, which holds their prefix
 tree, so that each distinct prefix is computed once; the others have a row each.
 
-A `Layout` is one forward. What the model says about nodes is gathered back to rollouts, so callers
-see packed tokens and never nodes. In sorted order, texts with a long common prefix are neighbours;
-the cheapest way to cut that order into rows is found by what rows cost. Groups of one prompt,
-nested prefixes, and groups too long for one row (each piece then carries the trunk) are all cut so.
+A `Layout` is one forward. A tree's mask is dense, so wide trees are dear in attention; where that
+counts, the row holds only what several texts pass through, and the rest of each text is a row of
+its own behind the keys and values of its path (`Leaves`). Which rollouts share a row, and which
+rows have leaves, is `model/cut.py`'s choice. What the model says about nodes is gathered back to
+rollouts, so callers see packed tokens and never nodes.
 
-`K` rollouts of a layout, `R` rows, `N` width, `W` predictions asked for, `M` drawn nodes, `T`
-packed tokens of the K rollouts.
+`K` rollouts of a layout, `R` rows, `N` width, `P` longest path before leaves, `W` predictions asked
+for, `M` drawn nodes, `T` packed tokens of the K rollouts.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from reroll.model.cut import cut, leaves_pay
 from reroll.model.flops import CostModel
 from reroll.model.ragged import pad
 from reroll.model.tree import Tree, merge, pad_columns
@@ -24,18 +26,32 @@ from reroll.model.tree import Tree, merge, pad_columns
 Pair = tuple[Sequence[int], Sequence[int]]
 """(context, continuation) token ids; the context is not empty"""
 
-LEAST_GAIN = 1.05
-"""how many times cheaper a tree must count to be run: masks and gathering cost something too"""
-FULL, SMALL = 0.9, 0.1
+FULL, SMALL, SMALL_LEAVES = 0.9, 0.1, 0.03
 """share of a forward that is not padding, at least; share of the token budget below which a forward
-is small and takes what comes"""
+is small and takes what comes, and one of leaves"""
 MASK_ELEMENTS = 1 << 26
 """of one forward's mask at most: 64 MiB of booleans"""
 
 
 @dataclass(frozen=True, slots=True)
+class Leaves:
+    """Rows that stand behind their paths in the trees of a layout, run after them."""
+
+    tokens: torch.Tensor
+    """`[R, N]`, pads 0"""
+    wanted: torch.Tensor
+    """bool `[R, N]`"""
+    past: torch.Tensor
+    """`[R, P]` cell of each token before a row, in the layout's tokens flattened; -1: none"""
+
+    def to(self, device: torch.device) -> "Leaves":
+        """The same on a device."""
+        return Leaves(*(x.to(device) for x in (self.tokens, self.wanted, self.past)))
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """One forward over some rollouts; index tensors int64."""
+    """One forward over some rollouts, and those behind it; index tensors int64."""
 
     which: list[int]
     """`[K]` the rollouts, numbered as in the call, in the order of the packed tokens"""
@@ -58,6 +74,12 @@ class Layout:
     """tokens that these attend to, in all"""
     flat: int
     """tokens of the rollouts, each counted alone"""
+    leaves: tuple[Leaves, ...] = ()
+    """their predictions follow those of the trees"""
+
+    def padded(self) -> int:
+        """Tokens of all its forwards, padding included."""
+        return sum(part.tokens.numel() for part in (self, *self.leaves))
 
     def to(self, device: torch.device) -> "Layout":
         """The same with its tensors on a device."""
@@ -66,7 +88,8 @@ class Layout:
             for name in self.__dataclass_fields__
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        leaves = tuple(part.to(device) for part in self.leaves)
+        return replace(self, leaves=leaves, **tensors)  # type: ignore[arg-type]
 
     def of_rollouts(self, predictions: torch.Tensor) -> torch.Tensor:
         """`[W, ...]` by prediction to `[T, ...]` by token."""
@@ -76,85 +99,48 @@ class Layout:
 
 
 def lay_out(
-    pairs: Sequence[Pair], max_tokens: int | None = None, cost: CostModel | None = None
+    pairs: Sequence[Pair],
+    max_tokens: int | None = None,
+    cost: CostModel | None = None,
+    behind: bool = True,
 ) -> list[Layout]:
     """Forwards over all these rollouts, each of them in one.
 
-    max_tokens: of a forward, padding included; a longer row runs alone. None: no bound.
-    cost: the model's, to choose rows by. None: a row for each rollout, whatever they share.
+    max_tokens: of a forward (leaves included), padding included; what is longer runs alone. None:
+    no bound. cost: the model's, to choose rows by. None: a row for each rollout, whatever they
+    share. behind: whether there may be leaves (gradient checkpointing drops keys and values).
     """
     texts = [np.array([*context, *continuation]) for context, continuation in pairs]
     rows = [[k] for k in range(len(pairs))]
     bound = max_tokens or 1 << 62
     if cost is not None:
-        rows = cut(texts, cost, min(bound, int(MASK_ELEMENTS**0.5)))
+        rows = cut(texts, cost, min(bound, int(MASK_ELEMENTS**0.5)), behind)
     layouts = []
     alone = sorted((row[0] for row in rows if len(row) == 1), key=lambda k: len(texts[k]))
     for pack in _packs([len(texts[k]) for k in alone], bound, None):
         layouts.append(_flat(pairs, alone[pack]))
     trees = [(row, merge([texts[k] for k in row])) for row in rows if len(row) > 1]
-    trees.sort(key=lambda each: len(each[1]))
-    for pack in _packs([len(tree) - 1 for _, tree in trees], bound, MASK_ELEMENTS):
-        layouts.append(_shared(pairs, trees[pack]))
+    leafy = [cost is not None and behind and leaves_pay(cost, tree) for _, tree in trees]
+    whole = [each for each, split in zip(trees, leafy, strict=True) if not split]
+    whole.sort(key=lambda each: len(each[1]))
+    for pack in _packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
+        layouts.append(_shared(pairs, whole[pack], False, bound))
+    split = [each for each, split in zip(trees, leafy, strict=True) if split]
+    split.sort(key=lambda each: int((each[1].count >= 2).sum()))
+    for pack in _packs_of_leafy([len(tree) - 1 for _, tree in split], bound):
+        layouts += _within(pairs, split[pack], bound)
     return layouts
 
 
-def cut(texts: Sequence[np.ndarray], cost: CostModel, widest: int) -> list[list[int]]:
-    """Which texts share a row: the cheapest cut of the sorted order, by dynamic programming.
-
-    widest: of a row that several share.
-    """
-    order, shared = neighbours(texts)
-    lengths = [len(texts[k]) for k in order]
-    alone = [row_cost(cost, n, shared=False) for n in lengths]
-    least, start = [0.0], []
-    for stop in range(1, len(order) + 1):
-        begin = first = stop - 1
-        best, width = least[first] + alone[first], lengths[first]
-        while shared[first] > 0:
-            # the row's first text stands whole, each other one adds what it does not share
-            width += lengths[first - 1] - shared[first]
-            first -= 1
-            if width > widest:
-                break
-            whole = least[first] + row_cost(cost, width, shared=True)
-            if whole < best:
-                best, begin = whole, first
-        least.append(best)
-        start.append(begin)
-    rows, stop = [], len(order)
-    while stop:
-        rows.append(order[start[stop - 1] : stop])
-        stop = start[stop - 1]
-    return rows[::-1]
+def one_tree(pairs: Sequence[Pair], leafy: bool) -> Layout:
+    """All in one row, whatever that costs; leafy: but for what each has of its own."""
+    tree = merge([[*context, *continuation] for context, continuation in pairs])
+    return _shared(pairs, [(list(range(len(pairs))), tree)], leafy, 1 << 62)
 
 
-def row_cost(cost: CostModel, width: int, *, shared: bool) -> float:
-    """What a row of this width costs, in FLOPs of one forward.
-
-    Counted, not timed: with measured prices, two runs of one seed would lay out other forwards,
-    and float noise would make them other runs. A plain text attends to what stands before each
-    token; a tree's mask is dense, so all pairs are computed.
-    """
-    if shared:
-        return LEAST_GAIN * cost.flops(width, width * width)
-    return cost.flops(width, width * (width + 1) / 2)
-
-
-def neighbours(texts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
-    """(an order in which texts with a common prefix are neighbours, tokens that each of them shares
-    with the one before it)."""
-    keys = [text.tobytes() for text in texts]
-    order = sorted(range(len(texts)), key=keys.__getitem__)
-    shared = [0]
-    for before, after in pairwise(order):
-        size = min(len(texts[before]), len(texts[after]))
-        differ = texts[before][:size] != texts[after][:size]
-        shared.append(int(differ.argmax()) if differ.any() else size)
-    return order, shared[: len(order)]
-
-
-def _packs(widths: Sequence[int], max_tokens: int, mask_elements: int | None) -> list[slice]:
+def _packs(
+    widths: Sequence[int], max_tokens: int, mask_elements: int | None, small: float = SMALL
+) -> list[slice]:
     """Runs of rows (the narrowest first) that go into a forward together: as many as may be, but
     where a forward is not small already, it takes no row that would leave much of it to padding."""
     packs, start, real = [], 0, 0
@@ -165,7 +151,7 @@ def _packs(widths: Sequence[int], max_tokens: int, mask_elements: int | None) ->
             fits = count * width <= max_tokens
             fits &= mask_elements is None or count * width**2 <= mask_elements
             full = real + width >= FULL * count * width
-            if fits and (full or real < max_tokens * SMALL):
+            if fits and (full or real < max_tokens * small):
                 continue
         packs.append(slice(start, stop))
         start, real = stop, 0
@@ -183,43 +169,115 @@ def _flat(pairs: Sequence[Pair], which: list[int]) -> Layout:
     return Layout(which, tokens, wanted, target, None, None, None, size, context, size)
 
 
-def _shared(pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]]) -> Layout:
-    """A row for each tree."""
-    rows, wanted, columns, source, target, gather = [], [], [], [], [], []
-    predictions = drawn_so_far = flat = 0
-    width = max(len(tree) for _, tree in trees) - 1
-    for members, tree in trees:
-        # there is no text before the first token: the root has no column, node i is column i - 1
+def _packs_of_leafy(sizes: Sequence[int], max_tokens: int) -> list[slice]:
+    """Runs of trees whose rows and leaves, a tenth of padding included, go into a forward."""
+    packs, start, total = [], 0, 0
+    for stop, size in enumerate(sizes):
+        if stop > start and (total + size) / FULL > max_tokens:
+            packs.append(slice(start, stop))
+            start, total = stop, 0
+        total += size
+    return [*packs, slice(start, len(sizes))] if sizes else []
+
+
+def _within(
+    pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]], max_tokens: int
+) -> list[Layout]:
+    """Trees with leaves, in halves where padding would make them too large."""
+    layout = _shared(pairs, trees, True, max_tokens)
+    if len(trees) == 1 or layout.padded() <= max_tokens:
+        return [layout]
+    half = len(trees) // 2
+    return _within(pairs, trees[:half], max_tokens) + _within(pairs, trees[half:], max_tokens)
+
+
+def _shared(
+    pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]], leafy: bool, max_tokens: int
+) -> Layout:
+    """A row for each tree; leafy: of what several texts pass through, leaves for the rest."""
+    rows, columns, cells, ends = [], [], [], []
+    # there is no text before the first token: the root has no column
+    inside = [(tree.count >= 2) | (not leafy) for _, tree in trees]
+    width = max(int(kept[1:].sum()) for kept in inside)
+    for index, ((_, tree), kept) in enumerate(zip(trees, inside, strict=True)):
+        nodes = np.flatnonzero(kept[1:]) + 1
+        rank = np.concatenate([[0, 0], np.cumsum(kept[1:])])  # kept nodes before each number
+        rows.append(tree.tokens[nodes])
+        own = np.stack([np.arange(len(nodes)), rank[tree.end[nodes]], tree.depth[nodes] - 1])
+        columns.append(pad_columns(own, width))
+        cell = np.full(len(tree), -1)
+        cell[nodes] = index * width + np.arange(len(nodes))
+        cells.append(cell)
+    tokens = _tokens(rows)
+    leaves = _leaves(trees, cells, tokens.numel(), max_tokens) if leafy else []
+    asked = np.zeros(tokens.numel() + sum(part.numel() for part, _ in leaves), bool)
+    before, target, gather, drawn_so_far, flat = [], [], [], 0, 0
+    for (members, tree), cell in zip(trees, cells, strict=True):
         ends = [(len(pairs[k][0]), len(pairs[k][0]) + len(pairs[k][1])) for k in members]
         paths = [tree.node[i, a + 1 : b + 1] for i, (a, b) in enumerate(ends)]
-        drawn, asked = np.zeros((2, len(tree)), bool)
+        drawn = np.zeros(len(tree), bool)
         drawn[np.concatenate(paths)] = True
         nodes = drawn.nonzero()[0]
-        asked[tree.parent[nodes]] = True
-        rows.append(tree.tokens[1:])
-        wanted.append(np.pad(asked[1:], (0, width + 1 - len(tree))))
-        own = np.stack([np.arange(len(tree) - 1), tree.end[1:] - 1, tree.depth[1:] - 1])
-        columns.append(pad_columns(own, width))
-        source.append(predictions + (np.cumsum(asked) - 1)[tree.parent[nodes]])
+        before.append(cell[tree.parent[nodes]])
         target.append(tree.tokens[nodes])
         gather += [drawn_so_far + (np.cumsum(drawn) - 1)[path] for path in paths]
-        predictions += int(asked.sum())
         drawn_so_far += len(nodes)
         flat += sum(end for _, end in ends)
-    joined = [torch.from_numpy(np.concatenate(parts)) for parts in (target, source, gather)]
-    sizes = [len(row) for row in rows]
-    tokens = pad([row.tolist() for row in rows], sizes, sizes).tokens
+    asked[np.concatenate(before)] = True
+    source = (np.cumsum(asked) - 1)[np.concatenate(before)]
+    bounds = np.cumsum([0, tokens.numel(), *(part.numel() for part, _ in leaves)])
+    wanted = [torch.from_numpy(asked[a:b]) for a, b in pairwise(bounds)]
     return Layout(
         [k for members, _ in trees for k in members],
         tokens,
-        torch.from_numpy(np.stack(wanted)),
-        joined[0],
+        wanted[0].view(tokens.shape),
+        torch.from_numpy(np.concatenate(target)),
         torch.from_numpy(np.stack(columns, axis=1)),
-        *joined[1:],
-        nodes=sum(sizes),
+        torch.from_numpy(source),
+        torch.from_numpy(np.concatenate(gather)),
+        nodes=sum(len(tree) - 1 for _, tree in trees),
         context=sum(int(tree.depth.sum()) for _, tree in trees),
         flat=flat,
+        leaves=tuple(
+            Leaves(part, mask.view(part.shape), past)
+            for (part, past), mask in zip(leaves, wanted[1:], strict=True)
+        ),
     )
+
+
+def _leaves(
+    trees: Sequence[tuple[list[int], Tree]],
+    cells: Sequence[np.ndarray],
+    first_cell: int,
+    max_tokens: int,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, past) of the leaves' forwards; `cells` learn where their nodes are, from
+    `first_cell` on."""
+    found = []
+    for (members, tree), cell in zip(trees, cells, strict=True):
+        for text in range(len(members)):
+            path = tree.node[text, 1:]
+            path = path[path >= 0]
+            alone = tree.count[path] == 1
+            if alone.any():
+                found.append((path[alone], cell[path[~alone]], tree, cell))
+    found.sort(key=lambda leaf: (len(leaf[0]), len(leaf[1])))
+    made = []
+    for pack in _packs([len(nodes) for nodes, *_ in found], max_tokens, None, SMALL_LEAVES):
+        some = found[pack]
+        tokens = _tokens([tree.tokens[nodes] for nodes, _, tree, _ in some])
+        past = np.full((len(some), max(len(before) for _, before, *_ in some)), -1)
+        for row, (nodes, before, _, cell) in enumerate(some):
+            past[row, : len(before)] = before
+            cell[nodes] = first_cell + row * tokens.shape[1] + np.arange(len(nodes))
+        first_cell += tokens.numel()
+        made.append((tokens, torch.from_numpy(past)))
+    return made
+
+
+def _tokens(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    sizes = list(map(len, rows))
+    return pad([row.tolist() for row in rows], sizes, sizes).tokens
 
 
 def in_order(

@@ -6,11 +6,11 @@ packed `[T]` tensors, continuation after continuation. Callers never see how row
 shared.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from reroll.model.flops import CostModel
 from reroll.model.hidden import hidden_states
@@ -71,13 +71,10 @@ def layout_logprobs(
     """The same of one forward, in the order of its rollouts."""
     layout = layout.to(model.device)
     with hidden_states(model, hidden) as states:
-        logits_WV = model(
-            input_ids=layout.tokens,
-            use_cache=False,
-            logits_to_keep=layout.wanted,
-            **_where(model, layout),
-        ).logits
-    states_TH = layout.of_rollouts(states[0]) if hidden else None
+        logits_WV = _joined(
+            [model(**call, logits_to_keep=wanted).logits for wanted, call in _calls(model, layout)]
+        )
+    states_TH = layout.of_rollouts(_joined(states)) if hidden else None
     with torch.autocast(model.device.type, enabled=False):
         logits_WV = logits_WV if logits_WV.dtype == torch.float64 else logits_WV.float()
         logits_WV = logits_WV / temperature
@@ -97,21 +94,69 @@ def layout_logprobs(
 def layout_states(trunk: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden state of a model without head before each continuation token, `[T, H]`."""
     layout = layout.to(trunk.device)
-    states = trunk(input_ids=layout.tokens, use_cache=False, **_where(trunk, layout))
-    return layout.of_rollouts(states.last_hidden_state[layout.wanted])
+    states = [trunk(**call).last_hidden_state[wanted] for wanted, call in _calls(trunk, layout)]
+    return layout.of_rollouts(_joined(states))
 
 
-def _where(model: PreTrainedModel, layout: Layout) -> dict[str, Any]:
-    """Mask and positions of a tree; a plain text needs neither."""
-    if layout.columns is None:
-        return {}
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def _calls(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """(predictions asked for, arguments) of each call of the model, to be made before the next."""
+    inputs: dict[str, Any] = {"input_ids": layout.tokens, "use_cache": False}
+    if layout.columns is None:  # plain texts need neither mask nor positions
+        yield layout.wanted, inputs
+        return
     order, end, position = layout.columns
     seen = tree_mask(order, end, layout.tokens.shape[1])
+    inputs |= _where(model, seen, position, position)
+    cache = DynamicCache()
+    if layout.leaves:
+        inputs |= {"use_cache": True, "past_key_values": cache}
+    yield layout.wanted, inputs
+    # [R * N, heads * head width] of each layer
+    kept = [
+        tuple(x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (layer.keys, layer.values))
+        for layer in list[Any](cache.layers)
+    ]
+    heads = [layer.keys.shape[1] for layer in list[Any](cache.layers)]
+    for leaves in layout.leaves:
+        (rows, width), there = leaves.tokens.shape, leaves.past >= 0
+        cell = leaves.past.clamp(min=0).flatten()
+        behind = DynamicCache()
+        for index, pair in enumerate(kept):
+            taken = (x.index_select(0, cell).unflatten(0, (rows, -1)) for x in pair)
+            behind.update(
+                *(x.unflatten(-1, (heads[index], -1)).transpose(1, 2) for x in taken), index
+            )
+        step = torch.arange(width, device=cell.device)
+        before = torch.arange(there.shape[1], device=cell.device).expand(rows, -1)
+        own = there.sum(1, keepdim=True) + step
+        causal = (step <= step[:, None]).expand(rows, width, width)
+        seen = torch.cat([there[:, None].expand(rows, width, -1), causal], -1)
+        yield (
+            leaves.wanted,
+            {
+                "input_ids": leaves.tokens,
+                "use_cache": True,
+                "past_key_values": behind,
+                **_where(model, seen, own, torch.cat([before, own], 1)),
+            },
+        )
+
+
+def _where(
+    model: PreTrainedModel, seen: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> dict[str, Any]:
+    """Mask and positions; see `attention_mask`."""
     device = model.device.type
     cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else model.dtype
     style = mask_style(model.config)
     if device == "cpu":  # where every layer would turn booleans into numbers, for itself
         style = style._replace(additive=True)
-    mask = attention_mask(style, seen, position, position, dtype)
-    return {"attention_mask": mask, "position_ids": position}
+    return {
+        "attention_mask": attention_mask(style, seen, query, key, dtype),
+        "position_ids": query,
+    }

@@ -76,6 +76,7 @@ def minibatches(
     microbatch_tokens: int,
     skip_dead: bool,
     cost: CostModel | None = None,
+    behind: bool = True,
 ) -> list[Minibatch]:
     """Cut a batch into `count` minibatches of whole groups, as even as can be, in order.
 
@@ -83,14 +84,19 @@ def minibatches(
     count in the averages, so the gradient is the same as if they had been run. (A minibatch of
     nothing but such groups takes no optimizer step at all.)
     cost: the model's, for running what rollouts begin with alike once; None: each runs alone.
+    behind: see `lay_out`.
     """
     bounds = [round(i * len(groups) / count) for i in range(count + 1)]
     parts = [groups[a:b] for a, b in pairwise(bounds)]
-    return [_minibatch(part, microbatch_tokens, skip_dead, cost) for part in parts if part]
+    return [_minibatch(part, microbatch_tokens, skip_dead, cost, behind) for part in parts if part]
 
 
 def _minibatch(
-    part: Sequence[list[Credit]], microbatch_tokens: int, skip_dead: bool, cost: CostModel | None
+    part: Sequence[list[Credit]],
+    microbatch_tokens: int,
+    skip_dead: bool,
+    cost: CostModel | None,
+    behind: bool,
 ) -> Minibatch:
     live = [group for group in part if any(one.advantages.any() for one in group)]
     run = [one for group in (live if skip_dead else part) for one in group]
@@ -99,7 +105,7 @@ def _minibatch(
     return Minibatch(
         [
             _pack([run[k] for k in layout.which], layout)
-            for layout in lay_out(pairs, microbatch_tokens, cost)
+            for layout in lay_out(pairs, microbatch_tokens, cost, behind)
         ],
         tokens=sum(one.rollout.weight * sum(one.mask) for one in every),
         rollouts=sum(one.rollout.weight for one in every),

@@ -67,6 +67,7 @@ class Trainer:
         self.max_tokens = max_tokens
         self.forwards = Forwards(model.device, temperature, autocast)
         self.cost = cost
+        self.behind = not train.gradient_checkpointing
         self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         """dtype of losses, as `token_logprobs` returns"""
@@ -121,7 +122,7 @@ class Trainer:
         proximal = self.correct.mode == "decoupled" and several and stale
         if self.reference is None and self.critic is None and not proximal:
             return Scores()
-        layouts = lay_out(pairs, self.train.microbatch_tokens, self.cost)
+        layouts = lay_out(pairs, self.train.microbatch_tokens, self.cost, self.behind)
         parts = [self._score(layout, proximal) for layout in layouts]
         lengths = [len(completion) for _, completion in pairs]
         streams = [
@@ -160,7 +161,12 @@ class Trainer:
         kl_in_loss = algo.kl_coef > 0 and algo.kl_in == "loss"
         skip_dead = not (kl_in_loss or algo.entropy_coef > 0 or self.critic)
         parts = minibatches(
-            groups, self.train.minibatches, self.train.microbatch_tokens, skip_dead, self.cost
+            groups,
+            self.train.minibatches,
+            self.train.microbatch_tokens,
+            skip_dead,
+            self.cost,
+            self.behind,
         )
         sums, first = Sums(), True
         with self._training():
