@@ -146,10 +146,11 @@ def test_neighbours_share_most(texts):
     st.lists(st.lists(TOKENS, min_size=1, max_size=8), min_size=1, max_size=7),
     st.floats(0.0, 0.3),
     st.sampled_from([6, 12, 1000]),
+    st.sampled_from([8, 1000]),
     st.booleans(),
     st.booleans(),
 )
-def test_the_cut_is_the_cheapest(texts, each, widest, behind, free):
+def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free):
     arrays, cost = [np.array(text) for text in texts], CostModel(1.0, each)
     order, shared = neighbours(arrays)
 
@@ -160,15 +161,16 @@ def test_the_cut_is_the_cheapest(texts, each, widest, behind, free):
         # of the tree itself, node by node
         tree = merge([texts[k] for k in order[first:stop]])
         width, paths = len(tree) - 1, [row[row > 0] for row in tree.node]
-        if width > widest or not all(shared[i] > 0 for i in range(first + 1, stop)):
+        if width > most or not all(shared[i] > 0 for i in range(first + 1, stop)):
             return float("inf")
-        whole = LEAST_GAIN * cost.flops(width, width**2)
+        whole = LEAST_GAIN * cost.flops(width, width**2) if width <= widest else float("inf")
         inside = [int((tree.count[path] >= 2).sum()) for path in paths]
         rests = [len(path) - n for path, n in zip(paths, inside, strict=True)]
         context = sum(leaf_context(n, m) for n, m in zip(rests, inside, strict=True))
         trunk = int((tree.count[1:] >= 2).sum())
         split = leafy_cost(cost, width, trunk, sum(n > 0 for n in rests), context)
-        assert leaves_pay(cost, tree) == (split < whole)
+        split = split if trunk <= widest else float("inf")
+        assert leaves_pay(cost, tree, widest) == (split < whole)
         return min(whole, split) if behind else whole
 
     with leaves(free):
@@ -176,7 +178,7 @@ def test_the_cut_is_the_cheapest(texts, each, widest, behind, free):
         for ends in itertools.product([False, True], repeat=count - 1):
             bounds = [0, *(i + 1 for i, end in enumerate(ends) if end), count]
             least = min(least, sum(price(a, b) for a, b in itertools.pairwise(bounds)))
-        rows = cut(arrays, cost, widest, behind)
+        rows = cut(arrays, cost, widest, most, behind)
         assert [k for row in rows for k in row] == order
         starts = [0, *itertools.accumulate(map(len, rows))]
         found = sum(price(a, b) for a, b in itertools.pairwise(starts))
@@ -229,6 +231,13 @@ def test_masks_are_bounded(monkeypatch):
         assert layout.columns is not None
         rows, width = layout.tokens.shape
         assert width == 50 and rows <= 2
+    monkeypatch.setattr("reroll.model.layout.MASK_ELEMENTS", 2000)
+    with leaves(True):  # 10 of the prompt, leaves of 10 behind them
+        layouts = lay_out(pairs, None, DEAR)
+    assert sum(len(layout.which) for layout in layouts) == 24
+    for layout in layouts:
+        masks = [layout.tokens.numel() * 10, *(x.tokens.numel() * 20 for x in layout.leaves)]
+        assert layout.leaves and max(masks) <= 2000
     assert MASK_ELEMENTS == 1 << 26
 
 

@@ -21,11 +21,12 @@ values have to be brought, in tokens attended to; measured on a CPU (docs/log.md
 
 
 def cut(
-    texts: Sequence[np.ndarray], cost: CostModel, widest: int, behind: bool = True
+    texts: Sequence[np.ndarray], cost: CostModel, widest: int, most: int, behind: bool = True
 ) -> list[list[int]]:
     """Which texts share a row: the cheapest cut of the sorted order, by dynamic programming.
 
-    widest: of a row that several share, its leaves included. behind: whether it may have any.
+    widest: of a row under a dense mask. most: tokens of a row that several share, its leaves
+    included. behind: whether it may have any.
 
     Costs are FLOPs of one forward, counted, not timed: with measured prices, two runs of one seed
     would lay out other forwards, and float noise would make them other runs. A plain text attends
@@ -45,7 +46,7 @@ def cut(
             # the row's first text stands whole, each other one adds what it does not share
             length, now = lengths[first], shared[first]
             width += lengths[first - 1] - now
-            if width > widest:
+            if width > most:
                 break
             trunk += max(0, now - common)
             if common:  # it was a leaf already
@@ -58,8 +59,8 @@ def cut(
                 leaves += rest > 0
                 context += leaf_context(rest, before)
             common, first = now, first - 1
-            price = LEAST_GAIN * cost.flops(width, width**2)
-            if behind:
+            price = dense_cost(cost, width, widest)
+            if behind and trunk <= widest:
                 price = min(price, leafy_cost(cost, width, trunk, leaves, context))
             whole = least[first] + price
             if whole < best:
@@ -73,6 +74,11 @@ def cut(
     return rows[::-1]
 
 
+def dense_cost(cost: CostModel, width: int, widest: int) -> float:
+    """FLOPs of a row under a dense mask, all pairs of which are computed."""
+    return LEAST_GAIN * cost.flops(width, width**2) if width <= widest else float("inf")
+
+
 def leaf_context(length: int, before: int) -> int:
     """What a leaf costs in tokens attended to: all pairs, and what stands before it is brought."""
     return length * (before + length) + COPY * before if length > 0 else 0
@@ -83,7 +89,7 @@ def leafy_cost(cost: CostModel, width: int, trunk: int, leaves: int, context: in
     return LEAST_GAIN * cost.flops(width + LEAF * leaves, trunk**2 + context)
 
 
-def leaves_pay(cost: CostModel, tree: Tree) -> bool:
+def leaves_pay(cost: CostModel, tree: Tree, widest: int) -> bool:
     """Whether a tree is cheaper with leaves than under a dense mask."""
     width = len(tree) - 1
     trunk = int((tree.count[1:] >= 2).sum())
@@ -91,8 +97,8 @@ def leaves_pay(cost: CostModel, tree: Tree) -> bool:
     before = (there & (tree.count[tree.node[:, 1:]] >= 2)).sum(1)
     rests = (there.sum(1) - before).tolist()
     context = sum(leaf_context(n, m) for n, m in zip(rests, before.tolist(), strict=True))
-    whole = LEAST_GAIN * cost.flops(width, width**2)
-    return leafy_cost(cost, width, trunk, sum(n > 0 for n in rests), context) < whole
+    split = leafy_cost(cost, width, trunk, sum(n > 0 for n in rests), context)
+    return trunk <= widest and split < dense_cost(cost, width, widest)
 
 
 def neighbours(texts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:

@@ -112,15 +112,15 @@ def lay_out(
     """
     texts = [np.array([*context, *continuation]) for context, continuation in pairs]
     rows = [[k] for k in range(len(pairs))]
-    bound = max_tokens or 1 << 62
+    bound, widest = max_tokens or 1 << 62, int(MASK_ELEMENTS**0.5)
     if cost is not None:
-        rows = cut(texts, cost, min(bound, int(MASK_ELEMENTS**0.5)), behind)
+        rows = cut(texts, cost, widest, bound, behind)
     layouts = []
     alone = sorted((row[0] for row in rows if len(row) == 1), key=lambda k: len(texts[k]))
     for pack in _packs([len(texts[k]) for k in alone], bound, None):
         layouts.append(_flat(pairs, alone[pack]))
     trees = [(row, merge([texts[k] for k in row])) for row in rows if len(row) > 1]
-    leafy = [cost is not None and behind and leaves_pay(cost, tree) for _, tree in trees]
+    leafy = [cost is not None and behind and leaves_pay(cost, tree, widest) for _, tree in trees]
     whole = [each for each, split in zip(trees, leafy, strict=True) if not split]
     whole.sort(key=lambda each: len(each[1]))
     for pack in _packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
@@ -183,9 +183,11 @@ def _packs_of_leafy(sizes: Sequence[int], max_tokens: int) -> list[slice]:
 def _within(
     pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]], max_tokens: int
 ) -> list[Layout]:
-    """Trees with leaves, in halves where padding would make them too large."""
+    """Trees with leaves, in halves where padding or their masks would make them too large."""
     layout = _shared(pairs, trees, True, max_tokens)
-    if len(trees) == 1 or layout.padded() <= max_tokens:
+    masks = [layout.tokens.numel() * layout.tokens.shape[1]]
+    masks += [x.tokens.numel() * (x.past.shape[1] + x.tokens.shape[1]) for x in layout.leaves]
+    if len(trees) == 1 or (layout.padded() <= max_tokens and max(masks) <= MASK_ELEMENTS):
         return [layout]
     half = len(trees) // 2
     return _within(pairs, trees[:half], max_tokens) + _within(pairs, trees[half:], max_tokens)
@@ -195,7 +197,7 @@ def _shared(
     pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]], leafy: bool, max_tokens: int
 ) -> Layout:
     """A row for each tree; leafy: of what several texts pass through, leaves for the rest."""
-    rows, columns, cells, ends = [], [], [], []
+    rows, columns, cells = [], [], []
     # there is no text before the first token: the root has no column
     inside = [(tree.count >= 2) | (not leafy) for _, tree in trees]
     width = max(int(kept[1:].sum()) for kept in inside)
