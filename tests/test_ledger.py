@@ -5,10 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from reroll.engine.base import Finished, Stats
 from reroll.engine.local import LocalEngine
 from reroll.ledger import CATEGORIES, Ledger
-from reroll.model.flops import ATTENTION_FREE, CostModel, cost_model
+from reroll.model.flops import CostModel, cost_model
 from reroll.model.layout import Layout, lay_out
 from reroll.types import Draft, Request, Sampling
-from tests.tiny import VOCABULARY, tiny
+from tests.tiny import ATTENTION_FREE, VOCABULARY, tiny
 
 HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS, WIDTH = 32, 64, 2, 4, 2, 8
 ATTENTION = 2 * HIDDEN * HEADS * WIDTH + 2 * HIDDEN * KEY_HEADS * WIDTH

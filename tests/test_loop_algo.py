@@ -559,7 +559,7 @@ def test_scoring_and_training_are_booked(kind: str, project: Project) -> None:
 # --- what rollouts begin with alike ---------------------------------------------------------------
 
 
-def test_trees_change_no_token(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_change_no_token(project: Project) -> None:
     runs = {
         trees: train(
             project.config(f"trees-{trees}", **SHORT, model__dtype="float64", train__trees=trees)
@@ -584,3 +584,12 @@ def test_a_model_that_takes_no_trees_is_trained_one_by_one(
     path = train(project.config(**SHORT | {"log__display": "plain"})).path
     assert "train.trees: this model takes no tree masks (self-check)" in capsys.readouterr().out
     assert all(line["tree_tokens_ratio"] == 1 for line in lines_of(path))
+
+
+def test_a_model_that_takes_no_leaves_is_trained_on_trees(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_, leafy=False: not leafy)
+    path = train(project.config(**SHORT | {"log__display": "plain"})).path
+    assert "takes no leaves behind trees (self-check)" in capsys.readouterr().out
+    assert all(line["tree_tokens_ratio"] < 1 for line in lines_of(path))

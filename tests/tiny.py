@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from reroll.model.flops import CostModel
+
 VOCABULARY = 61
+ATTENTION_FREE = CostModel(per_token=1.0, per_context=0.0)
+"""by which whatever is worth sharing at all is shared, in rows as wide as may be"""
 _SIZE = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,

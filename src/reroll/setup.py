@@ -71,10 +71,10 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     autocast = pick_autocast(config.model.autocast, model.device)
     difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
     engine = make_engine(config, model, task, autocast)
-    trainer = make_trainer(config, model, autocast)
+    cost = cost_model(model)
     trees = config.train.trees and trains_on_trees(model, autocast)
-    trainer.cost = cost_model(model) if trees else None
-    trainer.behind &= trees and trains_on_trees(model, autocast, leafy=True)
+    leaves = trees and trains_on_trees(model, autocast, leafy=True)
+    trainer = make_trainer(config, model, autocast, cost if trees else None, leaves)
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
     notes = []
@@ -91,6 +91,8 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         notes.append(
             "train.trees: this model takes no tree masks (self-check): trained on one by one"
         )
+    if trees and not leaves:
+        notes.append("train.trees: this model takes no leaves behind trees (self-check): wide rows")
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
         yield Parts(
@@ -100,7 +102,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
             graders,
             engine,
             trainer,
-            cost_model(model),
+            cost,
             Sampling(config.rollout.max_tokens, stop_ids=stop_ids(model, tokenizer)),
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             extract=_extractor(config.task.answer_pattern),
@@ -220,8 +222,17 @@ def load_policy(config: Config, folder: Path | None = None) -> PreTrainedModel:
     return model.eval()
 
 
-def make_trainer(config: Config, model: PreTrainedModel, autocast: torch.dtype | None) -> Trainer:
-    """A trainer on the engine's module, with the reference and critic that the algorithm wants."""
+def make_trainer(
+    config: Config,
+    model: PreTrainedModel,
+    autocast: torch.dtype | None,
+    cost: CostModel | None,
+    behind: bool,
+) -> Trainer:
+    """A trainer on the engine's module, with the reference and critic that the algorithm wants.
+
+    cost: the model's, to train on trees; None: without. behind: whether it takes their leaves.
+    """
     reference, critic = None, None
     if config.algo.kl_coef > 0:
         lora = config.lora.rank > 0
@@ -238,6 +249,8 @@ def make_trainer(config: Config, model: PreTrainedModel, autocast: torch.dtype |
         autocast=autocast,
         reference=reference,
         critic=critic,
+        cost=cost,
+        behind=behind,
     )
 
 

@@ -13,13 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from reroll.model.cut import LEAST_GAIN, cut, leaf_context, leafy_cost, leaves_pay, neighbours
-from reroll.model.flops import ATTENTION_FREE, CostModel
+from reroll.model.flops import CostModel
 from reroll.model.layout import MASK_ELEMENTS, Layout, Pair, in_order, lay_out
 from reroll.model.logprobs import token_logprobs
 from reroll.model.masks import attention_mask
 from reroll.model.tree import merge, tree_mask
 from tests.model.plain import plain
-from tests.tiny import MIXTURES, SERVED, VOCABULARY, tiny, wide
+from tests.tiny import ATTENTION_FREE, MIXTURES, SERVED, VOCABULARY, tiny, wide
 
 DEAR = CostModel(per_token=1.0, per_context=0.05)
 """attention that makes wide rows dear"""
@@ -115,8 +115,7 @@ def test_every_token_is_drawn_from_its_own_text(pairs, max_tokens, kind):
 
 @given(PAIRS)
 def test_each_distinct_prefix_is_run_once_where_that_is_all_that_counts(pairs):
-    free = CostModel(per_token=1.0, per_context=0.0)
-    layouts = lay_out(pairs, None, free)
+    layouts = lay_out(pairs, None, ATTENTION_FREE)
     alone = sum(len(a) + len(b) for a, b in pairs)
     nodes = sum(layout.nodes for layout in layouts)
     # but for texts that share less than a twentieth of a row
@@ -267,7 +266,11 @@ def test_in_order_undoes_the_sorting():
         torch.tensor([float(10 * k + i) for k in layout.which for i in range(len(pairs[k][1]))])
         for layout in layouts
     ]
-    assert in_order(layouts, streams, [3, 1, 2]).tolist() == [0, 1, 2, 10, 20, 21]
+    said = [(stream, None, -stream) for stream in streams]
+    found, none, negative = in_order(layouts, said, [3, 1, 2])
+    assert found is not None and negative is not None and none is None
+    assert found.tolist() == (-negative).tolist() == [0, 1, 2, 10, 20, 21]
+    assert in_order([], [], []) == []
 
 
 # --- what the model says ------------------------------------------------------------------------

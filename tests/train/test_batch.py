@@ -13,7 +13,7 @@ from tests.train.batches import credit, group, rollout
 
 @pytest.fixture(autouse=True)
 def _padding_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reroll.model.layout.FULL", 0.0)
+    monkeypatch.setattr("reroll.model.cut.FULL", 0.0)
 
 
 def rows_of(microbatch: Microbatch) -> list[int]:

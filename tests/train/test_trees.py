@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from reroll.config import CorrectSection, LoraSection
-from reroll.model.flops import ATTENTION_FREE, CostModel
+from reroll.model.flops import CostModel
 from reroll.model.load import switch_off_dropout
 from reroll.model.lora import add_lora
 from reroll.train.batch import minibatches
 from reroll.types import Group, Prompt
-from tests.tiny import VOCABULARY, tiny, wide
+from tests.tiny import ATTENTION_FREE, VOCABULARY, tiny, wide
 from tests.train.batches import assert_same, credit, gradients, make_trainer, rollout, store
 from tests.train.test_critic import make_ppo, walk
 

@@ -1,4 +1,4 @@
-"""Which rollouts share a row of a forward.
+"""Which rollouts share a row, and which rows a forward.
 
 In sorted order, texts with a long common prefix are neighbours; the cheapest way to cut that order
 into rows is found by what rows cost. Groups of one prompt, nested prefixes, and groups too long for
@@ -17,7 +17,11 @@ LEAST_GAIN = 1.05
 """how many times cheaper a tree must count to be run: masks and gathering cost something too"""
 LEAF, COPY = 20, 24
 """what a leaf costs besides its tokens, in tokens run, and for each token before it, whose keys and
-values have to be brought, in tokens attended to; measured on a CPU (docs/log.md)"""
+values have to be brought, in tokens attended to; fitted on a CPU (docs/log.md)"""
+
+FULL, SMALL, SMALL_LEAVES = 0.9, 0.1, 0.03
+"""share of a forward that is not padding, at least; share of the token budget below which a forward
+is small and takes what comes, and one of leaves"""
 
 
 def cut(
@@ -112,3 +116,34 @@ def neighbours(texts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
         differ = texts[before][:size] != texts[after][:size]
         shared.append(int(differ.argmax()) if differ.any() else size)
     return order, shared[: len(order)]
+
+
+def packs(
+    widths: Sequence[int], max_tokens: int, mask_elements: int | None, small: float = SMALL
+) -> list[slice]:
+    """Runs of rows (the narrowest first) that go into a forward together: as many as may be, but
+    where a forward is not small already, it takes no row that would leave much of it to padding."""
+    found, start, real = [], 0, 0
+    for stop in range(1, len(widths) + 1):
+        real += widths[stop - 1]
+        if stop < len(widths):
+            count, width = stop + 1 - start, widths[stop]
+            fits = count * width <= max_tokens
+            fits &= mask_elements is None or count * width**2 <= mask_elements
+            full = real + width >= FULL * count * width
+            if fits and (full or real < max_tokens * small):
+                continue
+        found.append(slice(start, stop))
+        start, real = stop, 0
+    return found
+
+
+def packs_of_leafy(sizes: Sequence[int], max_tokens: int) -> list[slice]:
+    """Runs of trees whose rows and leaves, a tenth of padding included, go into a forward."""
+    found, start, total = [], 0, 0
+    for stop, size in enumerate(sizes):
+        if stop > start and (total + size) / FULL > max_tokens:
+            found.append(slice(start, stop))
+            start, total = stop, 0
+        total += size
+    return [*found, slice(start, len(sizes))] if sizes else []

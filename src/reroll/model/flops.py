@@ -22,10 +22,6 @@ class CostModel:
         return self.per_token * tokens + self.per_context * context
 
 
-ATTENTION_FREE = CostModel(per_token=1.0, per_context=0.0)
-"""by which whatever is worth sharing at all is shared, in rows as wide as may be"""
-
-
 def cost_model(model: PreTrainedModel) -> CostModel:
     """Read the sizes off the module."""
     config = model.config.get_text_config()

@@ -3,9 +3,9 @@ tree, so that each distinct prefix is computed once; the others have a row each.
 
 A `Layout` is one forward. A tree's mask is dense, so wide trees are dear in attention; where that
 counts, the row holds only what several texts pass through, and the rest of each text is a row of
-its own behind the keys and values of its path (`Leaves`). Which rollouts share a row, and which
-rows have leaves, is `model/cut.py`'s choice. What the model says about nodes is gathered back to
-rollouts, so callers see packed tokens and never nodes.
+its own behind the keys and values of its path (`Leaves`). Which rollouts share a row, which rows
+have leaves and which rows a forward: `model/cut.py` chooses. What the model says about nodes is
+gathered back to rollouts, so callers see packed tokens and never nodes.
 
 `K` rollouts of a layout, `R` rows, `N` width, `P` longest path before leaves, `W` predictions asked
 for, `M` drawn nodes, `T` packed tokens of the K rollouts.
@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from reroll.model.cut import cut, leaves_pay
+from reroll.model.cut import SMALL_LEAVES, cut, leaves_pay, packs, packs_of_leafy
 from reroll.model.flops import CostModel
 from reroll.model.ragged import pad
 from reroll.model.tree import Tree, merge, pad_columns
@@ -26,9 +26,6 @@ from reroll.model.tree import Tree, merge, pad_columns
 Pair = tuple[Sequence[int], Sequence[int]]
 """(context, continuation) token ids; the context is not empty"""
 
-FULL, SMALL, SMALL_LEAVES = 0.9, 0.1, 0.03
-"""share of a forward that is not padding, at least; share of the token budget below which a forward
-is small and takes what comes, and one of leaves"""
 MASK_ELEMENTS = 1 << 26
 """of one forward's mask at most: 64 MiB of booleans"""
 
@@ -117,17 +114,17 @@ def lay_out(
         rows = cut(texts, cost, widest, bound, behind)
     layouts = []
     alone = sorted((row[0] for row in rows if len(row) == 1), key=lambda k: len(texts[k]))
-    for pack in _packs([len(texts[k]) for k in alone], bound, None):
+    for pack in packs([len(texts[k]) for k in alone], bound, None):
         layouts.append(_flat(pairs, alone[pack]))
     trees = [(row, merge([texts[k] for k in row])) for row in rows if len(row) > 1]
     leafy = [cost is not None and behind and leaves_pay(cost, tree, widest) for _, tree in trees]
     whole = [each for each, split in zip(trees, leafy, strict=True) if not split]
     whole.sort(key=lambda each: len(each[1]))
-    for pack in _packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
+    for pack in packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
         layouts.append(_shared(pairs, whole[pack], False, bound))
     split = [each for each, split in zip(trees, leafy, strict=True) if split]
     split.sort(key=lambda each: int((each[1].count >= 2).sum()))
-    for pack in _packs_of_leafy([len(tree) - 1 for _, tree in split], bound):
+    for pack in packs_of_leafy([len(tree) - 1 for _, tree in split], bound):
         layouts += _within(pairs, split[pack], bound)
     return layouts
 
@@ -136,26 +133,6 @@ def one_tree(pairs: Sequence[Pair], leafy: bool) -> Layout:
     """All in one row, whatever that costs; leafy: but for what each has of its own."""
     tree = merge([[*context, *continuation] for context, continuation in pairs])
     return _shared(pairs, [(list(range(len(pairs))), tree)], leafy, 1 << 62)
-
-
-def _packs(
-    widths: Sequence[int], max_tokens: int, mask_elements: int | None, small: float = SMALL
-) -> list[slice]:
-    """Runs of rows (the narrowest first) that go into a forward together: as many as may be, but
-    where a forward is not small already, it takes no row that would leave much of it to padding."""
-    packs, start, real = [], 0, 0
-    for stop in range(1, len(widths) + 1):
-        real += widths[stop - 1]
-        if stop < len(widths):
-            count, width = stop + 1 - start, widths[stop]
-            fits = count * width <= max_tokens
-            fits &= mask_elements is None or count * width**2 <= mask_elements
-            full = real + width >= FULL * count * width
-            if fits and (full or real < max_tokens * small):
-                continue
-        packs.append(slice(start, stop))
-        start, real = stop, 0
-    return packs
 
 
 def _flat(pairs: Sequence[Pair], which: list[int]) -> Layout:
@@ -167,17 +144,6 @@ def _flat(pairs: Sequence[Pair], which: list[int]) -> Layout:
     target = tokens[:, 1:][wanted[:, :-1]]
     size, context = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
     return Layout(which, tokens, wanted, target, None, None, None, size, context, size)
-
-
-def _packs_of_leafy(sizes: Sequence[int], max_tokens: int) -> list[slice]:
-    """Runs of trees whose rows and leaves, a tenth of padding included, go into a forward."""
-    packs, start, total = [], 0, 0
-    for stop, size in enumerate(sizes):
-        if stop > start and (total + size) / FULL > max_tokens:
-            packs.append(slice(start, stop))
-            start, total = stop, 0
-        total += size
-    return [*packs, slice(start, len(sizes))] if sizes else []
 
 
 def _within(
@@ -265,7 +231,7 @@ def _leaves(
                 found.append((path[alone], cell[path[~alone]], tree, cell))
     found.sort(key=lambda leaf: (len(leaf[0]), len(leaf[1])))
     made = []
-    for pack in _packs([len(nodes) for nodes, *_ in found], max_tokens, None, SMALL_LEAVES):
+    for pack in packs([len(nodes) for nodes, *_ in found], max_tokens, None, SMALL_LEAVES):
         some = found[pack]
         tokens = _tokens([tree.tokens[nodes] for nodes, _, tree, _ in some])
         past = np.full((len(some), max(len(before) for _, before, *_ in some)), -1)
@@ -283,12 +249,22 @@ def _tokens(rows: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def in_order(
-    layouts: Sequence[Layout], streams: Sequence[torch.Tensor], lengths: Sequence[int]
-) -> torch.Tensor:
-    """What the layouts' forwards said `[T, ...]`, in the order of the call that laid them out."""
-    parts: list[torch.Tensor | None] = [None] * len(lengths)
-    for layout, stream in zip(layouts, streams, strict=True):
-        split = stream.split([lengths[k] for k in layout.which])
-        for k, part in zip(layout.which, split, strict=True):
-            parts[k] = part
-    return torch.cat([part for part in parts if part is not None])
+    layouts: Sequence[Layout],
+    said: Sequence[Sequence[torch.Tensor | None]],
+    lengths: Sequence[int],
+) -> list[torch.Tensor | None]:
+    """What the layouts' forwards said, stream by stream `[T, ...]`, in the order of the call that
+    laid them out. said: the streams of each layout; None where there is none, then of all.
+
+    lengths: tokens of each rollout.
+    """
+    place = sorted((k, i, j) for i, x in enumerate(layouts) for j, k in enumerate(x.which))
+    streams: list[torch.Tensor | None] = []
+    for stream in zip(*said, strict=True):
+        split = [
+            part.split([lengths[k] for k in layout.which])
+            for layout, part in zip(layouts, stream, strict=True)
+            if part is not None
+        ]
+        streams.append(torch.cat([split[i][j] for _, i, j in place]) if split else None)
+    return streams

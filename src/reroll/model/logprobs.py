@@ -52,11 +52,7 @@ def token_logprobs(
         layout_logprobs(model, layout, temperature=temperature, entropy=entropy, hidden=hidden)
         for layout in layouts
     ]
-    lengths = [len(continuation) for _, continuation in pairs]
-    streams = [
-        in_order(layouts, list(stream), lengths) if stream[0] is not None else None
-        for stream in zip(*parts, strict=True)
-    ]
+    streams = in_order(layouts, parts, [len(continuation) for _, continuation in pairs])
     return LogProbs(*streams)  # type: ignore[arg-type]
 
 

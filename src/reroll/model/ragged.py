@@ -1,4 +1,4 @@
-"""Ragged token lists to padded tensors and back. The one file that pads.
+"""Ragged token lists to padded tensors and back. The one file that pads them.
 
 Rows are padded on the right, so under a causal mask no real token ever sees a pad, position i of
 a row is its i-th token, and plain forwards need neither a mask nor position ids.

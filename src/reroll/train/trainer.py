@@ -43,7 +43,8 @@ class Trainer:
 
     temperature, max_tokens: those of sampling. reference: the KL's anchor, or None; a model with
     adapters is its own reference, with the adapters off. critic: for advantage = "gae". cost: the
-    model's, for running what rollouts begin with alike once; None: each runs alone.
+    model's, for running what rollouts begin with alike once; None: each runs alone. behind: see
+    `lay_out`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Trainer:
         reference: PreTrainedModel | None = None,
         critic: Critic | None = None,
         cost: CostModel | None = None,
+        behind: bool = True,
     ) -> None:
         assert (critic is not None) == (algo.advantage == "gae")
         assert (reference is not None) == (algo.kl_coef > 0)
@@ -67,7 +69,7 @@ class Trainer:
         self.max_tokens = max_tokens
         self.forwards = Forwards(model.device, temperature, autocast)
         self.cost = cost
-        self.behind = not train.gradient_checkpointing
+        self.behind = behind and not train.gradient_checkpointing
         self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         """dtype of losses, as `token_logprobs` returns"""
@@ -124,12 +126,7 @@ class Trainer:
             return Scores()
         layouts = lay_out(pairs, self.train.microbatch_tokens, self.cost, self.behind)
         parts = [self._score(layout, proximal) for layout in layouts]
-        lengths = [len(completion) for _, completion in pairs]
-        streams = [
-            in_order(layouts, list(stream), lengths) if stream[0] is not None else None
-            for stream in zip(*parts, strict=True)
-        ]
-        return Scores(*streams)
+        return Scores(*in_order(layouts, parts, [len(completion) for _, completion in pairs]))
 
     def _score(self, layout: Layout, proximal: bool) -> Scores:
         """The same of the rollouts of one forward."""
