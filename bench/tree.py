@@ -67,9 +67,8 @@ def trainers(model: PreTrainedModel, budget: int, max_tokens: int) -> dict[str, 
     train = TrainSection(learning_rate=STILL, microbatch_tokens=budget, max_grad_norm=1e9)
     made = {}
     for arm in ("flat", "tree"):
-        trainer = Trainer(model, algo, train, temperature=1.0, max_tokens=max_tokens)
-        trainer.cost = cost_model(model) if arm == "tree" else None
-        made[arm] = trainer
+        cost = cost_model(model) if arm == "tree" else None
+        made[arm] = Trainer(model, algo, train, temperature=1.0, max_tokens=max_tokens, cost=cost)
     return made
 
 

@@ -12,7 +12,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from reroll.model.cut import LEAST_GAIN, cut, leaf_context, leafy_cost, leaves_pay, neighbours
+from reroll.model.cut import (
+    LEAST_GAIN,
+    attended,
+    cut,
+    leaf_context,
+    leafy_cost,
+    leaves_pay,
+    neighbours,
+)
 from reroll.model.flops import CostModel
 from reroll.model.layout import MASK_ELEMENTS, Layout, Pair, in_order, lay_out
 from reroll.model.logprobs import token_logprobs
@@ -162,7 +170,7 @@ def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free):
         width, paths = len(tree) - 1, [row[row > 0] for row in tree.node]
         if width > most or not all(shared[i] > 0 for i in range(first + 1, stop)):
             return float("inf")
-        whole = LEAST_GAIN * cost.flops(width, width**2) if width <= widest else float("inf")
+        whole = LEAST_GAIN * cost.flops(width, attended(width)) if width <= widest else float("inf")
         inside = [int((tree.count[path] >= 2).sum()) for path in paths]
         rests = [len(path) - n for path, n in zip(paths, inside, strict=True)]
         context = sum(leaf_context(n, m) for n, m in zip(rests, inside, strict=True))
@@ -182,6 +190,15 @@ def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free):
         starts = [0, *itertools.accumulate(map(len, rows))]
         found = sum(price(a, b) for a, b in itertools.pairwise(starts))
     assert found == pytest.approx(least, rel=1e-12)
+
+
+def test_little_in_common_with_a_neighbour_ends_the_search(monkeypatch):
+    groups = [[[0, 1, k, *[2] * 38, k, j, *[j] * 20] for j in range(3)] for k in range(3, 6)]
+    texts = [np.array(text) for group in groups for text in group]
+    # two tokens of 62 in common, which would save 4 of 126
+    assert cut(texts, ATTENTION_FREE, 1000, 1000) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    monkeypatch.setattr("reroll.model.cut.LEAST_GAIN", 1.0)
+    assert cut(texts, ATTENTION_FREE, 1000, 1000) == [list(range(9))]
 
 
 def test_by_hand():
@@ -309,7 +326,8 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("name", SERVED)
-def test_trees_say_what_plain_forwards_say(name, free):
+def test_trees_say_what_plain_forwards_say(name, free, monkeypatch):
+    monkeypatch.setattr("reroll.model.attention.BLOCK", 4)
     with nullcontext() if name in SINGLE else wide(), leaves(free):
         compare_with_plain(name, DEAR if free else ATTENTION_FREE, free)
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from reroll.model.attention import BLOCK
 from reroll.model.flops import CostModel
 from reroll.model.tree import Tree
 
@@ -34,10 +35,14 @@ def cut(
 
     Costs are FLOPs of one forward, counted, not timed: with measured prices, two runs of one seed
     would lay out other forwards, and float noise would make them other runs. A plain text attends
-    to what stands before each token; a tree's mask is dense, so all pairs are computed.
+    to what stands before each token; under a tree's mask whole blocks are computed
+    (`model/attention.py`; all pairs, where a model or device does not take them).
     """
     order, shared = neighbours(texts)
     lengths = [len(texts[k]) for k in order]
+    # what could save no more than a tree must gain ends the search: prompts begin alike, too
+    for k, size in enumerate(map(min, lengths[1:], lengths), 1):
+        shared[k] *= shared[k] > (LEAST_GAIN - 1) * size
     alone = [cost.flops(n, n * (n + 1) / 2) for n in lengths]
     least, start = [0.0], []
     for stop in range(1, len(order) + 1):
@@ -45,7 +50,7 @@ def cut(
         best, width = least[first] + alone[first], lengths[first]
         # of the row: nodes that several texts pass through, its leaves, and what its first text
         # shares with the next
-        trunk, leaves, context, common = 0, 0, 0, 0
+        trunk, leaves, context, common = 0, 0, 0.0, 0
         while shared[first] > 0:
             # the row's first text stands whole, each other one adds what it does not share
             length, now = lengths[first], shared[first]
@@ -79,18 +84,23 @@ def cut(
 
 
 def dense_cost(cost: CostModel, width: int, widest: int) -> float:
-    """FLOPs of a row under a dense mask, all pairs of which are computed."""
-    return LEAST_GAIN * cost.flops(width, width**2) if width <= widest else float("inf")
+    """FLOPs of a row under a dense mask, as attention in blocks computes it."""
+    return LEAST_GAIN * cost.flops(width, attended(width)) if width <= widest else float("inf")
 
 
-def leaf_context(length: int, before: int) -> int:
-    """What a leaf costs in tokens attended to: all pairs, and what stands before it is brought."""
-    return length * (before + length) + COPY * before if length > 0 else 0
+def attended(width: int) -> float:
+    """Tokens attended to among so many columns under a mask: in blocks, but what comes later."""
+    return width * (width + min(width, BLOCK)) / 2
 
 
-def leafy_cost(cost: CostModel, width: int, trunk: int, leaves: int, context: int) -> float:
+def leaf_context(length: int, before: int) -> float:
+    """What a leaf costs in tokens attended to; what stands before it has to be brought, too."""
+    return attended(length) + (length + COPY) * before if length > 0 else 0
+
+
+def leafy_cost(cost: CostModel, width: int, trunk: int, leaves: int, context: float) -> float:
     """FLOPs of a row of `trunk` nodes with its leaves; width: nodes of both."""
-    return LEAST_GAIN * cost.flops(width + LEAF * leaves, trunk**2 + context)
+    return LEAST_GAIN * cost.flops(width + LEAF * leaves, attended(trunk) + context)
 
 
 def leaves_pay(cost: CostModel, tree: Tree, widest: int) -> bool:

@@ -245,7 +245,7 @@ def _leaves(
 
 def _tokens(rows: Sequence[np.ndarray]) -> torch.Tensor:
     sizes = list(map(len, rows))
-    return pad([row.tolist() for row in rows], sizes, sizes).tokens
+    return pad(rows, sizes, sizes).tokens
 
 
 def in_order(

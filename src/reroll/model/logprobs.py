@@ -7,11 +7,13 @@ shared.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from reroll.model.attention import in_blocks
 from reroll.model.flops import CostModel
 from reroll.model.hidden import hidden_states
 from reroll.model.layout import Layout, Pair, in_order, lay_out
@@ -66,7 +68,7 @@ def layout_logprobs(
 ) -> LogProbs:
     """The same of one forward, in the order of its rollouts."""
     layout = layout.to(model.device)
-    with hidden_states(model, hidden) as states:
+    with hidden_states(model, hidden) as states, _blocks(model, layout):
         logits_WV = _joined(
             [model(**call, logits_to_keep=wanted).logits for wanted, call in _calls(model, layout)]
         )
@@ -90,8 +92,13 @@ def layout_logprobs(
 def layout_states(trunk: PreTrainedModel, layout: Layout) -> torch.Tensor:
     """Last hidden state of a model without head before each continuation token, `[T, H]`."""
     layout = layout.to(trunk.device)
-    states = [trunk(**call).last_hidden_state[wanted] for wanted, call in _calls(trunk, layout)]
+    with _blocks(trunk, layout):
+        states = [trunk(**call).last_hidden_state[wanted] for wanted, call in _calls(trunk, layout)]
     return layout.of_rollouts(_joined(states))
+
+
+def _blocks(model: PreTrainedModel, layout: Layout) -> AbstractContextManager[None]:
+    return in_blocks(model) if layout.columns is not None else nullcontext()
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

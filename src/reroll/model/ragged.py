@@ -9,6 +9,7 @@ a row is its i-th token, and plain forwards need neither a mask nor position ids
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -20,14 +21,18 @@ class Padded(NamedTuple):
 
 
 def pad(
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int] | np.ndarray],
     starts: Sequence[int],
     ends: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Padded:
     """Pad `rows`; the model's outputs are wanted at tokens `starts[r] <= i < ends[r]` of row r."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    index = torch.arange(width)
+    lengths = np.fromiter(map(len, rows), int, len(rows))
+    width = int(lengths.max())
+    cells = np.zeros((len(rows), width), np.int64)
+    cells[np.arange(width) < lengths[:, None]] = np.concatenate(
+        [np.asarray(row, np.int64) for row in rows]
+    )
+    tokens, index = torch.from_numpy(cells), torch.arange(width)
     wanted = (index >= torch.tensor(starts)[:, None]) & (index < torch.tensor(ends)[:, None])
     return Padded(tokens.to(device), wanted.to(device))

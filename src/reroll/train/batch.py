@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from reroll.model.flops import CostModel
@@ -119,7 +120,7 @@ def _pack(credits: Sequence[Credit], layout: Layout) -> Microbatch:
     completions = [rollout.completion for rollout in rollouts]
 
     def floats(streams: Sequence[Sequence[float]]) -> torch.Tensor:
-        return torch.tensor([x for stream in streams for x in stream], dtype=torch.float64)
+        return torch.from_numpy(np.concatenate([np.asarray(x, np.float64) for x in streams]))
 
     def joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         there = [part for part in parts if part is not None]
