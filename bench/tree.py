@@ -3,7 +3,8 @@
 Training steps (layout, forward, backward, clipping, optimizer) of Dr. GRPO over the same graded
 rollouts, by tree and flat in turn; medians of the paired ratios. The weights stay as they are (the
 learning rate is too small to move a float32), so that every repeat does the same, and the two
-gradients are compared. Memory is what the largest microbatch keeps for its backward.
+gradients are compared. Groups carry a signal: others need no forward. Memory is what the largest
+microbatch, of at most so many tokens in both arms, keeps for its backward.
 
     start, after     the demo's task and policy before training, and after 32 steps; n = 8 and 16
     long64, long256  512 random tokens of prompt, 64 and 256 of reply, nothing shared but the prompt
@@ -42,7 +43,6 @@ from bench.reuse import (
 )
 from reroll.config import AlgoSection, TrainSection, load_config
 from reroll.engine.local import LocalEngine, Speculation
-from reroll.model.flops import cost_model
 from reroll.order import stream
 from reroll.rollout.collect import CollectSpec, collect
 from reroll.rollout.decisions import Decisions
@@ -67,8 +67,8 @@ def trainers(model: PreTrainedModel, budget: int, max_tokens: int) -> dict[str, 
     train = TrainSection(learning_rate=STILL, microbatch_tokens=budget, max_grad_norm=1e9)
     made = {}
     for arm in ("flat", "tree"):
-        cost = cost_model(model) if arm == "tree" else None
-        made[arm] = Trainer(model, algo, train, temperature=1.0, max_tokens=max_tokens, cost=cost)
+        trees = arm == "tree"
+        made[arm] = Trainer(model, algo, train, temperature=1.0, max_tokens=max_tokens, trees=trees)
     return made
 
 
@@ -95,14 +95,11 @@ def compare(
             seconds[arm].append(time.perf_counter() - started)
             arms[arm].take_work()
             if repeat == 0:
-                gradients[arm] = torch.cat(
-                    [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-                )
+                gradients[arm] = gradient_of(arms[arm])
                 found[f"ratio_{arm}"] = metrics["tree_tokens_ratio"]
                 found[f"megabytes_{arm}"] = kept(arms[arm], credited[arm])
     for arm in arms:
         seconds[arm] = seconds[arm][1:]  # the first ones warm up
-    off = (gradients["tree"] - gradients["flat"]).norm() / gradients["flat"].norm()
     pairs = zip(seconds["flat"], seconds["tree"], strict=True)
     tokens = sum(
         len(group.prompt.token_ids) + len(r.completion.token_ids)
@@ -111,7 +108,7 @@ def compare(
     )
     return found | {
         "speedup": median(flat / tree for flat, tree in pairs),
-        "difference": off.item(),
+        "difference": apart(gradients["tree"], gradients["flat"]),
         "tokens": tokens,
         "rollouts": sum(len(group.rollouts) for group in groups),
     }
@@ -254,23 +251,29 @@ def whole_steps(setting: Setting, seed: int) -> dict[str, Any]:
         )
         run = Run(config, parts, reuse, engines, reference, spec)
         still = config.train.model_copy(update={"learning_rate": STILL})
-        flat = Trainer(
-            parts.model,
-            config.algo,
-            still,
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_tokens,
-        )
+        trained = {
+            arm: Trainer(
+                parts.model,
+                config.algo,
+                still,
+                temperature=config.rollout.temperature,
+                max_tokens=config.rollout.max_tokens,
+                trees=arm == "fresh",
+            )
+            for arm in arms
+        }
         per_epoch = setting.prompts // setting.batch
         steps = [
-            whole_step(run, flat, step, setting, step < per_epoch)
+            whole_step(run, trained, step, setting, step < per_epoch)
             for step in range(per_epoch * setting.epochs)
         ]
         return {"steps": steps, "per_epoch": per_epoch}
 
 
-def whole_step(run: Run, flat: Trainer, step: int, setting: Setting, first: bool) -> dict[str, Any]:
-    """Both arms do one step from the same weights; the policy is updated once."""
+def whole_step(
+    run: Run, trained: dict[str, Trainer], step: int, setting: Setting, first: bool
+) -> dict[str, Any]:
+    """Both arms do one step from the same weights, by turns; then the policy is updated."""
     parts, trainer = run.parts, run.parts.trainer
     prompts, visits = stream(step * setting.batch, setting.batch, parts.task.train, run.spec.seed)
     seconds: dict[str, float] = {}
@@ -280,29 +283,43 @@ def whole_step(run: Run, flat: Trainer, step: int, setting: Setting, first: bool
         collected[name.split("/")[0]], _ = run.collect(name, prompts, visits)
         seconds[name.split("/")[0]] = time.perf_counter() - started
     groups = collected.get("fresh") or collected["off"]
-    flat.version = trainer.version
-    # the one that updates the policy comes last
-    for arm, one in (("off", flat), ("fresh", trainer)):
+    ratio = 1.0
+    for arm in list(trained) if step % 4 < 2 else list(trained)[::-1]:
+        one = trained[arm]
+        one.version = trainer.version
         started = time.perf_counter()
         credited, _ = one.credit(groups)
-        metrics = one.step(credited)
+        ratio = min(ratio, one.step(credited)["tree_tokens_ratio"])
         seconds[f"train_{arm}"] = time.perf_counter() - started
         one.take_work()
-        gradients[arm] = torch.cat([p.grad.flatten() for p in one.parameters.values()])
+        gradients[arm] = gradient_of(one)
+    trainer.step(trainer.credit(groups)[0])
+    trainer.take_work()
     started = time.perf_counter()
     run.reuse.remember(groups, step + 1, trainer.version - 1, set())
     seconds["store"] = time.perf_counter() - started
     for engine in [*run.engines.values(), run.reference]:
         engine.load_weights(trainer.version)
-    difference = (gradients["fresh"] - gradients["off"]).norm() / gradients["off"].norm()
     return {
         "slots": SLOTS[step % len(SLOTS)],
         "seconds": seconds,
         "reward": fmean(map(mean_of, groups)),
-        "difference": difference.item(),
+        "difference": apart(gradients["fresh"], gradients["off"]),
         "mismatches": sum(different(groups, other) for other in collected.values()),
-        "ratio": metrics["tree_tokens_ratio"],
+        "ratio": ratio,
     }
+
+
+def gradient_of(trainer: Trainer) -> torch.Tensor:
+    """All parameters' gradients."""
+    every = trainer.parameters.values()
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                      for p in every])  # fmt: skip
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Distance of gradients over the other's norm; 0 where a batch had no signal."""
+    return ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
 
 
 def gain(measured: dict[str, Any], slots: int | None = None) -> float:

@@ -74,7 +74,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     cost = cost_model(model)
     trees = config.train.trees and trains_on_trees(model, autocast)
     leaves = trees and trains_on_trees(model, autocast, leafy=True)
-    trainer = make_trainer(config, model, autocast, cost if trees else None, leaves)
+    trainer = make_trainer(config, model, autocast, trees, leaves)
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
     notes = []
@@ -226,12 +226,12 @@ def make_trainer(
     config: Config,
     model: PreTrainedModel,
     autocast: torch.dtype | None,
-    cost: CostModel | None,
-    behind: bool,
+    trees: bool,
+    leaves: bool,
 ) -> Trainer:
     """A trainer on the engine's module, with the reference and critic that the algorithm wants.
 
-    cost: the model's, to train on trees; None: without. behind: whether it takes their leaves.
+    trees, leaves: whether the model takes them.
     """
     reference, critic = None, None
     if config.algo.kl_coef > 0:
@@ -249,8 +249,8 @@ def make_trainer(
         autocast=autocast,
         reference=reference,
         critic=critic,
-        cost=cost,
-        behind=behind,
+        trees=trees,
+        leaves=leaves,
     )
 
 

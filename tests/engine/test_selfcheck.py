@@ -83,6 +83,15 @@ def test_ordinary_models_take_trees(name: str) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_no_leaves_where_positions_depend_on_the_longest(kind: str) -> None:
+    model = tiny("llama")
+    for found in ({"rope_type": kind}, {"full_attention": {"rope_type": kind}}):
+        model.config.rope_parameters = found
+        assert trains_on_trees(model) is True  # its rotary embedding was made before
+        assert trains_on_trees(model, leafy=True) is False
+
+
 def test_trees_are_taken_within_the_noise_of_autocast() -> None:
     for check in (takes_trees, trains_on_trees, partial(trains_on_trees, leafy=True)):
         assert check(tiny("qwen3", dtype=torch.float32), torch.bfloat16) is True

@@ -5,9 +5,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import repeat_kv
 
-from reroll.model.attention import BLOCK, NAME, attention_in_blocks, in_blocks
+from reroll.model.attention import BLOCK, NAME, attention_in_blocks, in_blocks, takes_blocks
 from reroll.model.logprobs import token_logprobs
 from tests.model.test_layout import ragged
 from tests.tiny import ATTENTION_FREE, tiny
@@ -87,13 +86,26 @@ def test_only_forwards_within_are_in_blocks() -> None:
         assert model.config._attn_implementation == "eager"
 
 
+def test_models_that_see_to_it_themselves_are_left_alone() -> None:
+    model = tiny("llama")
+    assert takes_blocks(model)
+    model._supports_attention_backend = False  # looks its attention up some other way
+    assert not takes_blocks(model)
+    del model._supports_attention_backend
+    model.config.index_topk = 5  # picks what it attends to
+    assert not takes_blocks(model)
+
+
 def test_trees_go_in_blocks_and_single_texts_do_not() -> None:
     model = tiny("llama")
     with (
         patch("reroll.model.attention.BLOCK", 4),
-        patch("reroll.model.attention.repeat_kv", wraps=repeat_kv) as called,
+        patch(
+            "reroll.model.attention.scaled_dot_product_attention",
+            wraps=scaled_dot_product_attention,
+        ) as called,
     ):
         token_logprobs(model, ragged())
         assert called.call_count == 0
         token_logprobs(model, ragged(), cost=ATTENTION_FREE)
-        assert called.call_count == 2 * len(model.model.layers)  # keys and values
+        assert called.call_count > len(model.model.layers)

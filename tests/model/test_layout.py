@@ -11,14 +11,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from reroll.model.cut import (
     LEAST_GAIN,
-    attended,
     cut,
     leaf_context,
     leafy_cost,
-    leaves_pay,
     neighbours,
 )
 from reroll.model.flops import CostModel
@@ -156,12 +155,13 @@ def test_neighbours_share_most(texts):
     st.sampled_from([8, 1000]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([None, 3]),
 )
-def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free):
-    arrays, cost = [np.array(text) for text in texts], CostModel(1.0, each)
+def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free, block):
+    arrays, cost = [np.array(text) for text in texts], CostModel(1.0, each, block)
     order, shared = neighbours(arrays)
 
-    def price(first: int, stop: int) -> float:
+    def price(first: int, stop: int, leafy: bool | None = None) -> float:
         if stop - first == 1:
             n = len(texts[order[first]])
             return cost.flops(n, n * (n + 1) / 2)
@@ -170,15 +170,17 @@ def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free):
         width, paths = len(tree) - 1, [row[row > 0] for row in tree.node]
         if width > most or not all(shared[i] > 0 for i in range(first + 1, stop)):
             return float("inf")
-        whole = LEAST_GAIN * cost.flops(width, attended(width)) if width <= widest else float("inf")
+        seen = cost.attended(width)
+        whole = LEAST_GAIN * cost.flops(width, seen) if width <= widest else float("inf")
         inside = [int((tree.count[path] >= 2).sum()) for path in paths]
         rests = [len(path) - n for path, n in zip(paths, inside, strict=True)]
-        context = sum(leaf_context(n, m) for n, m in zip(rests, inside, strict=True))
+        context = sum(leaf_context(cost, n, m) for n, m in zip(rests, inside, strict=True))
         trunk = int((tree.count[1:] >= 2).sum())
         split = leafy_cost(cost, width, trunk, sum(n > 0 for n in rests), context)
         split = split if trunk <= widest else float("inf")
-        assert leaves_pay(cost, tree, widest) == (split < whole)
-        return min(whole, split) if behind else whole
+        if leafy is None:
+            return min(whole, split) if behind else whole
+        return split if leafy else whole
 
     with leaves(free):
         count, least = len(order), float("inf")
@@ -186,9 +188,10 @@ def test_the_cut_is_the_cheapest(texts, each, widest, most, behind, free):
             bounds = [0, *(i + 1 for i, end in enumerate(ends) if end), count]
             least = min(least, sum(price(a, b) for a, b in itertools.pairwise(bounds)))
         rows = cut(arrays, cost, widest, most, behind)
-        assert [k for row in rows for k in row] == order
-        starts = [0, *itertools.accumulate(map(len, rows))]
-        found = sum(price(a, b) for a, b in itertools.pairwise(starts))
+        assert [k for row in rows for k in row.texts] == order
+        assert behind or not any(row.leafy for row in rows)
+        bounds = itertools.pairwise([0, *itertools.accumulate(len(row.texts) for row in rows)])
+        found = sum(price(*ends, row.leafy) for ends, row in zip(bounds, rows, strict=True))
     assert found == pytest.approx(least, rel=1e-12)
 
 
@@ -196,9 +199,17 @@ def test_little_in_common_with_a_neighbour_ends_the_search(monkeypatch):
     groups = [[[0, 1, k, *[2] * 38, k, j, *[j] * 20] for j in range(3)] for k in range(3, 6)]
     texts = [np.array(text) for group in groups for text in group]
     # two tokens of 62 in common, which would save 4 of 126
-    assert cut(texts, ATTENTION_FREE, 1000, 1000) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    rows = cut(texts, ATTENTION_FREE, 1000, 1000)
+    assert [row.texts for row in rows] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     monkeypatch.setattr("reroll.model.cut.LEAST_GAIN", 1.0)
-    assert cut(texts, ATTENTION_FREE, 1000, 1000) == [list(range(9))]
+    assert [row.texts for row in cut(texts, ATTENTION_FREE, 1000, 1000)] == [list(range(9))]
+
+
+def test_blocks_attend_to_what_stands_before_their_end():
+    # three blocks of four queries: 4 * 4 + 4 * 8 + 4 * 12 pairs
+    assert CostModel(1.0, 1.0, block=4).attended(12) == 4 * 4 + 4 * 8 + 4 * 12
+    assert CostModel(1.0, 1.0, block=12).attended(12) == CostModel(1.0, 1.0).attended(12) == 144
+    assert CostModel(1.0, 1.0, block=12).attended(5) == 25
 
 
 def test_by_hand():
@@ -270,6 +281,24 @@ def test_masks_are_bounded(monkeypatch):
 def test_little_of_a_forward_is_padding(budget, shapes):
     pairs = [([1], [2] * (n - 1)) for n in (30, 100, 30, 10, 30, 100, 30)]
     assert [tuple(x.tokens.shape) for x in lay_out(pairs, budget)] == shapes
+
+
+def test_forwards_of_leaves_are_bounded(monkeypatch):
+    monkeypatch.setattr("reroll.model.layout.MASK_ELEMENTS", 3000)
+    trunk = list(range(40))
+    pairs = [(trunk, [50 + k] * 20) for k in range(6)]
+    with leaves(True):
+        (layout,) = lay_out(pairs, 10_000, DEAR)
+    masks = [x.tokens.numel() * (x.past.shape[1] + x.tokens.shape[1]) for x in layout.leaves]
+    assert sum(len(x.tokens) for x in layout.leaves) == 6 and max(masks) == 2 * 20 * 60
+
+
+def test_what_is_brought_to_leaves_counts_as_memory():
+    # two groups of 40 + 2 * 20 tokens, 80 brought: as much as 10 tokens that are run
+    pairs = [([a, *range(40)], [50 + k] * 20) for a in (8, 9) for k in range(2)]
+    with leaves(True):
+        for room, forwards in (((81 + 10) * 2 / 0.9 + 1, 1), ((81 + 9) * 2 / 0.9, 2)):
+            assert len(lay_out(pairs, int(room), DEAR)) == forwards
 
 
 def test_nothing_to_lay_out():
@@ -366,8 +395,63 @@ def test_windows_go_by_depth_and_the_comparison_can_fail(monkeypatch):
     assert (got - expected).abs().max() > 1e-2
 
 
+def test_pads_of_leaves_stay_within_the_positions_that_a_model_has():
+    """A short leaf behind a long path beside a long leaf behind a short one."""
+    config = AutoConfig.for_model(
+        "gpt2",
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    long, short = list(range(24)), list(range(30, 35))
+    pairs = [
+        (long, [40] * 8),
+        (long, [41] * 8),
+        (long, [44]),
+        (short, [42] * 27),
+        (short, [43] * 27),
+    ]
+    cost = CostModel(1.0, 0.001)
+    with leaves(True), wide(), torch.no_grad():
+        layouts = lay_out(pairs, None, cost)
+        widths = [x.past.shape[1] + x.tokens.shape[1] for y in layouts for x in y.leaves]
+        assert max(widths) > 32
+        got = token_logprobs(model, pairs, cost=cost).logprobs
+        assert (got - token_logprobs(model, pairs).logprobs).abs().max() < 1e-12
+
+
+@pytest.fixture
+def _two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_gradients_add_up_in_one_order_on_several_threads():
+    """Eight rollouts behind one hidden state, enough of them to be shared among threads."""
+    pairs = [(list(range(9)), [k, *range(9)]) for k in range(8)] * 16
+    (layout,) = lay_out(pairs, None, ATTENTION_FREE)
+    states = torch.randn(int(layout.wanted.sum()), 64, requires_grad=True)
+    weights = torch.randn(len(pairs) * 10, 64)
+    assert weights.numel() > 32768
+    found = {
+        torch.autograd.grad((weights * layout.of_rollouts(states)).sum(), states)[0]
+        .numpy()
+        .tobytes()
+        for _ in range(20)
+    }
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral_window", "qwen2_moe"])
-def test_trees_in_float32(name):
+def test_trees_in_float32(name, monkeypatch):
+    monkeypatch.setattr("reroll.model.attention.BLOCK", 4)
     model, pairs = tiny(name, dtype=torch.float32), ragged(1)
     with torch.no_grad():
         shared = token_logprobs(model, pairs, cost=ATTENTION_FREE).logprobs
@@ -381,7 +465,8 @@ def test_trees_in_float32(name):
     assert (one - other).norm() < 1e-5 * other.norm()
 
 
-def test_trees_under_autocast():
+def test_trees_under_autocast(monkeypatch):
+    monkeypatch.setattr("reroll.model.attention.BLOCK", 4)
     model, pairs = tiny("qwen3", dtype=torch.float32), ragged(2)
     flat = token_logprobs(model, pairs).logprobs
     with torch.autocast("cpu", torch.bfloat16):

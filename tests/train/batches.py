@@ -202,6 +202,8 @@ def make_trainer(
     autocast: torch.dtype | None = None,
     correct: CorrectSection | None = None,
     critic: dict | None = None,
+    trees: bool = False,
+    leaves: bool = True,
     **train: Any,
 ) -> Trainer:
     """A trainer that leaves gradients as they are, unless told otherwise."""
@@ -216,6 +218,8 @@ def make_trainer(
         autocast=autocast,
         correct=correct,
         critic=None if critic is None else Critic(model, CriticSection(**critic), settings),
+        trees=trees,
+        leaves=leaves,
     )
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from reroll.config import CorrectSection, LoraSection
-from reroll.model.flops import CostModel
+from reroll.model.attention import BLOCK
+from reroll.model.flops import CostModel, cost_model
 from reroll.model.load import switch_off_dropout
 from reroll.model.lora import add_lora
 from reroll.train.batch import minibatches
+from reroll.train.trainer import Trainer
 from reroll.types import Group, Prompt
 from tests.tiny import ATTENTION_FREE, VOCABULARY, tiny, wide
 from tests.train.batches import assert_same, credit, gradients, make_trainer, rollout, store
@@ -39,6 +41,13 @@ def ragged() -> list[Group]:
     ]
     groups[0].rollouts[2].completion.loss_mask[1:3] = [False] * 2
     return groups
+
+
+def shared(trainer: Trainer, scored: bool = False) -> bool:
+    """Whether what was run since the last call ran something once for several rollouts."""
+    work = [layout for passes, layout in trainer.take_work() if (passes == 1) == scored]
+    assert work
+    return any(layout.nodes < layout.flat for layout in work)
 
 
 COSTS = {"flat": None, "trees": ATTENTION_FREE, "leaves": CostModel(1.0, 0.05)}
@@ -80,10 +89,10 @@ def test_gradients_of_every_algorithm(name, algo, budget):
         trainer.rounds = True  # old log-probs are scored again, on the same forwards
         found.append(gradients(trainer, groups))
     (flat, flat_metrics), *others = found
-    for shared, metrics in others:
+    for arm, metrics in others:
         assert flat_metrics["tree_tokens_ratio"] == 1 > metrics["tree_tokens_ratio"]
-        assert len(flat) == len(shared) == 2
-        for one, other in zip(shared, flat, strict=True):
+        assert len(flat) == len(arm) == 2
+        for one, other in zip(arm, flat, strict=True):
             assert_same(one, other)
         for key in flat_metrics.keys() - {"tree_tokens_ratio"}:
             assert metrics[key] == pytest.approx(flat_metrics[key], rel=1e-9, abs=1e-12)
@@ -100,8 +109,9 @@ def test_gradients_of_stale_tokens(mode):
         trainer = make_trainer(model, correct=CorrectSection(mode=mode), minibatches=2)
         trainer.cost = cost
         found.append(gradients(trainer, groups)[0])
-    for shared in found[1:]:
-        for one, other in zip(shared, found[0], strict=True):
+        assert shared(trainer) is (cost is not None)
+    for arm in found[1:]:
+        for one, other in zip(arm, found[0], strict=True):
             assert_same(one, other)
 
 
@@ -116,15 +126,18 @@ def test_gradients_of_policy_and_critic(trunk, checkpointing):
         trainer = make_ppo(model, trunk, gradient_checkpointing=checkpointing)
         trainer.cost = cost
         credited, _ = trainer.credit(groups)
+        assert shared(trainer, scored=True) is (cost is not None)
         values = torch.cat([c.values for part in credited for c in part if c.values is not None])
         ((_, _, policy, critic),) = walk(trainer, credited, move=False)
+        assert shared(trainer) is (cost is not None)
         found.append((values, policy, critic))
-    for shared in found[1:]:
-        for one, other in zip(shared, found[0], strict=True):
+    for arm in found[1:]:
+        for one, other in zip(arm, found[0], strict=True):
             assert_same(one, other)
 
 
-def test_lora_on_trees():
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_lora_on_trees(kl_coef):
     found = []
     for cost in COSTS.values():
         model, groups = tiny("llama"), ragged()
@@ -134,15 +147,19 @@ def test_lora_on_trees():
                 torch.nn.init.normal_(
                     parameter, std=0.1, generator=torch.Generator().manual_seed(1)
                 )
-        trainer = make_trainer(model)
+        # without its adapters the model is its own reference
+        reference = model if kl_coef else None
+        trainer = make_trainer(model, algo=dict(kl_coef=kl_coef), reference=reference)
         trainer.cost = cost
         found.append(gradients(trainer, groups)[0][0])
-    for shared in found[1:]:
-        assert_same(shared, found[0])
+        assert shared(trainer) is (cost is not None)
+    for one in found[1:]:
+        assert_same(one, found[0])
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_gradients_in_lower_precision(dtype, bound):
+def test_gradients_in_lower_precision(dtype, bound, monkeypatch):
+    monkeypatch.setattr("reroll.model.attention.BLOCK", 4)
     found = []
     for cost in COSTS.values():
         model, groups = tiny("qwen3", dtype=torch.float32), ragged()
@@ -150,8 +167,9 @@ def test_gradients_in_lower_precision(dtype, bound):
         trainer = make_trainer(model, autocast=autocast)
         trainer.cost = cost
         found.append(gradients(trainer, groups)[0][0])
-    for shared in found[1:]:
-        assert_same(shared, found[0], bound)
+        assert shared(trainer) is (cost is not None)
+    for one in found[1:]:
+        assert_same(one, found[0], bound)
 
 
 def test_microbatches_hold_nodes():
@@ -177,3 +195,21 @@ def test_leaves_are_there_but_not_under_checkpointing():
         gradients(trainer, groups)
         there = [bool(layout.leaves) for _, layout in trainer.take_work()]
         assert any(there) is not checkpointing
+
+
+def test_a_run_goes_on_with_the_forwards_it_began_with():
+    model = tiny("llama")
+    began = make_trainer(model, trees=True, leaves=False)
+    assert began.cost == cost_model(model) and not began.behind
+    later = make_trainer(model, trees=False)
+    later.load_state(began.state())
+    assert later.cost == began.cost and not later.behind
+    later.load_state(make_trainer(model, trees=False).state())
+    assert later.cost is None
+
+
+def test_wide_rows_cost_all_pairs_where_they_are_run_again():
+    model = tiny("llama")
+    assert cost_model(model).block == BLOCK
+    trainer = make_trainer(model, trees=True, gradient_checkpointing=True)
+    assert trainer.cost is not None and trainer.cost.block is None and not trainer.behind

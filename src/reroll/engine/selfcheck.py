@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from reroll.engine.base import Finished
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.errors import UserError
+from reroll.model.attention import BLOCK
 from reroll.model.layout import one_tree
 from reroll.model.load import embeddings
 from reroll.model.logprobs import layout_logprobs, token_logprobs
@@ -72,8 +73,11 @@ def trains_on_trees(
     model: PreTrainedModel, autocast: torch.dtype | None = None, leafy: bool = False
 ) -> bool:
     """Whether forwards over a prefix tree (leafy: in two stages) give what plain ones give."""
+    if leafy and _turns_by_length(model):
+        return False
     vocabulary = embeddings(model)[1].shape[0]
-    prompt, one, other = ([(i * k + k) % vocabulary for i in range(6)] for k in (1, 3, 5))
+    # the row is wider than a block of attention
+    prompt, one, other = ([(i * k + k) % vocabulary for i in range(BLOCK // 2)] for k in (1, 3, 5))
     pairs = [(prompt, one), (prompt, [*one[:3], *other]), (prompt, other), (prompt[:4], one[:1])]
     try:
         with (
@@ -86,6 +90,14 @@ def trains_on_trees(
     except Exception:  # whatever it does wrong, it does not take trees
         return False
     return (shared - plain).abs().max().item() <= _TOLERANCE[autocast or model.dtype]
+
+
+def _turns_by_length(model: PreTrainedModel) -> bool:
+    """Whether positions are encoded by the longest one of a call: what short texts cannot show, and
+    a tree and its leaves would be encoded differently."""
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    each = [found, *(part for part in found.values() if isinstance(part, dict))]
+    return any(part.get("rope_type") in ("dynamic", "longrope") for part in each)
 
 
 def _trees_differ(model: PreTrainedModel, autocast: torch.dtype | None) -> float:

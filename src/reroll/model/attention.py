@@ -2,7 +2,7 @@
 
 The columns of a tree stand in depth-first order, and no token sees what comes after it; but under a
 mask the kernels compute all pairs. Blocks of queries, each with the keys up to its own end, compute
-little more than half of them. The same sums in the same order, so the same numbers.
+little more than half of them. What they leave out are zeros.
 """
 
 from collections.abc import Iterator
@@ -12,25 +12,36 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 BLOCK = 64
-"""queries a block; 128 and 192 were no faster (docs/log.md)"""
+"""queries a block; with 128 the step took as long (docs/log.md)"""
 NAME = "reroll_in_blocks"
+
+
+def takes_blocks(model: PreTrainedModel) -> bool:
+    """Whether the model looks up torch's fused attention at each forward, and is on a CPU.
+
+    On other devices no gain has been measured. Not where gradient checkpointing would run the
+    forward again, outside, nor where a model picks the keys itself (DeepSeek's sparse attention).
+    """
+    config = model.config.get_text_config()
+    again = model.training and model.is_gradient_checkpointing
+    looks_up = model._supports_attention_backend and not hasattr(config, "index_topk")
+    fused = config._attn_implementation == "sdpa"
+    return looks_up and fused and model.device.type == "cpu" and not again
 
 
 @contextmanager
 def in_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Forwards within attend in blocks, if the model uses torch's fused attention on a CPU.
+    """Forwards within attend in blocks, if the model takes that.
 
-    Their masks must hide from each token what stands after it. Not where gradient checkpointing
-    would run them again, outside. On other devices no gain has been measured.
+    Their masks must hide from each token what stands after it.
     """
-    config = model.config.get_text_config()
-    again = model.training and model.is_gradient_checkpointing
-    if config._attn_implementation != "sdpa" or model.device.type != "cpu" or again:
+    if not takes_blocks(model):
         yield
         return
+    config = model.config.get_text_config()
     # what models look up at each forward
     config._attn_implementation = NAME
     try:
@@ -48,16 +59,14 @@ def attention_in_blocks(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. query: `[R, heads, Q, D]`; key, value: `[R, heads, C, D]`,
-    C >= Q, the queries' own keys last; attention_mask: `[R, 1, Q, C]`."""
+    """transformers' attention function. query: `[R, heads, Q, D]`; key, value: `[R, heads or
+    fewer, C, D]`, C >= Q, the queries' own keys last; attention_mask: `[R, 1, Q, C]`."""
     queries, before = query.shape[2], key.shape[2] - query.shape[2]
     special = any(options.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     if attention_mask is None or queries <= BLOCK or special:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
-    heads = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     blocks = []
     for start in range(0, queries, BLOCK):
         rows, end = slice(start, start + BLOCK), before + start + BLOCK
@@ -69,6 +78,7 @@ def attention_in_blocks(
                 attention_mask[:, :, rows, :end],
                 dropout_p=options.get("dropout", 0.0),
                 scale=scaling,
+                enable_gqa=key.shape[1] < query.shape[1],  # on CPUs without copies of the keys
             )
         )
     return torch.cat(blocks, 2).transpose(1, 2).contiguous(), None

@@ -7,27 +7,35 @@ one row (each piece then carries the trunk) are all cut so.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from reroll.model.attention import BLOCK
 from reroll.model.flops import CostModel
-from reroll.model.tree import Tree
 
 LEAST_GAIN = 1.05
 """how many times cheaper a tree must count to be run: masks and gathering cost something too"""
 LEAF, COPY = 20, 24
 """what a leaf costs besides its tokens, in tokens run, and for each token before it, whose keys and
 values have to be brought, in tokens attended to; fitted on a CPU (docs/log.md)"""
+KEPT = 8
+"""keys and values brought for so many tokens stay in memory like about one token that is run"""
 
 FULL, SMALL, SMALL_LEAVES = 0.9, 0.1, 0.03
 """share of a forward that is not padding, at least; share of the token budget below which a forward
 is small and takes what comes, and one of leaves"""
 
 
+class Row(NamedTuple):
+    """Texts that share a row; leafy: with what each has of its own behind it."""
+
+    texts: list[int]
+    leafy: bool
+
+
 def cut(
     texts: Sequence[np.ndarray], cost: CostModel, widest: int, most: int, behind: bool = True
-) -> list[list[int]]:
+) -> list[Row]:
     """Which texts share a row: the cheapest cut of the sorted order, by dynamic programming.
 
     widest: of a row under a dense mask. most: tokens of a row that several share, its leaves
@@ -35,18 +43,19 @@ def cut(
 
     Costs are FLOPs of one forward, counted, not timed: with measured prices, two runs of one seed
     would lay out other forwards, and float noise would make them other runs. A plain text attends
-    to what stands before each token; under a tree's mask whole blocks are computed
-    (`model/attention.py`; all pairs, where a model or device does not take them).
+    to what stands before each token; under a tree's mask more is computed (`CostModel.attended`).
     """
     order, shared = neighbours(texts)
     lengths = [len(texts[k]) for k in order]
-    # what could save no more than a tree must gain ends the search: prompts begin alike, too
+    # ends the search, for all prompts may begin alike: that little would not make a tree of single
+    # texts, and joins trees of several for a saving of a few tokens each
     for k, size in enumerate(map(min, lengths[1:], lengths), 1):
         shared[k] *= shared[k] > (LEAST_GAIN - 1) * size
     alone = [cost.flops(n, n * (n + 1) / 2) for n in lengths]
-    least, start = [0.0], []
+    least, start, split = [0.0], [], []
     for stop in range(1, len(order) + 1):
         begin = first = stop - 1
+        apart = False
         best, width = least[first] + alone[first], lengths[first]
         # of the row: nodes that several texts pass through, its leaves, and what its first text
         # shares with the next
@@ -60,59 +69,44 @@ def cut(
             trunk += max(0, now - common)
             if common:  # it was a leaf already
                 leaves -= length > common
-                context -= leaf_context(length - common, common)
+                context -= leaf_context(cost, length - common, common)
             for rest, before in (
                 (length - max(now, common), max(now, common)),
                 (lengths[first - 1] - now, now),
             ):
                 leaves += rest > 0
-                context += leaf_context(rest, before)
+                context += leaf_context(cost, rest, before)
             common, first = now, first - 1
-            price = dense_cost(cost, width, widest)
+            price, leafy = dense_cost(cost, width, widest), False
             if behind and trunk <= widest:
-                price = min(price, leafy_cost(cost, width, trunk, leaves, context))
+                other = leafy_cost(cost, width, trunk, leaves, context)
+                price, leafy = min(price, other), other < price
             whole = least[first] + price
             if whole < best:
-                best, begin = whole, first
+                best, begin, apart = whole, first, leafy
         least.append(best)
         start.append(begin)
+        split.append(apart)
     rows, stop = [], len(order)
     while stop:
-        rows.append(order[start[stop - 1] : stop])
+        rows.append(Row(order[start[stop - 1] : stop], split[stop - 1]))
         stop = start[stop - 1]
     return rows[::-1]
 
 
 def dense_cost(cost: CostModel, width: int, widest: int) -> float:
-    """FLOPs of a row under a dense mask, as attention in blocks computes it."""
-    return LEAST_GAIN * cost.flops(width, attended(width)) if width <= widest else float("inf")
+    """FLOPs of a row under a dense mask."""
+    return LEAST_GAIN * cost.flops(width, cost.attended(width)) if width <= widest else float("inf")
 
 
-def attended(width: int) -> float:
-    """Tokens attended to among so many columns under a mask: in blocks, but what comes later."""
-    return width * (width + min(width, BLOCK)) / 2
-
-
-def leaf_context(length: int, before: int) -> float:
+def leaf_context(cost: CostModel, length: int, before: int) -> float:
     """What a leaf costs in tokens attended to; what stands before it has to be brought, too."""
-    return attended(length) + (length + COPY) * before if length > 0 else 0
+    return cost.attended(length) + (length + COPY) * before if length > 0 else 0
 
 
 def leafy_cost(cost: CostModel, width: int, trunk: int, leaves: int, context: float) -> float:
     """FLOPs of a row of `trunk` nodes with its leaves; width: nodes of both."""
-    return LEAST_GAIN * cost.flops(width + LEAF * leaves, attended(trunk) + context)
-
-
-def leaves_pay(cost: CostModel, tree: Tree, widest: int) -> bool:
-    """Whether a tree is cheaper with leaves than under a dense mask."""
-    width = len(tree) - 1
-    trunk = int((tree.count[1:] >= 2).sum())
-    there = tree.node[:, 1:] >= 0
-    before = (there & (tree.count[tree.node[:, 1:]] >= 2)).sum(1)
-    rests = (there.sum(1) - before).tolist()
-    context = sum(leaf_context(n, m) for n, m in zip(rests, before.tolist(), strict=True))
-    split = leafy_cost(cost, width, trunk, sum(n > 0 for n in rests), context)
-    return trunk <= widest and split < dense_cost(cost, width, widest)
+    return LEAST_GAIN * cost.flops(width + LEAF * leaves, cost.attended(trunk) + context)
 
 
 def neighbours(texts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
@@ -129,22 +123,31 @@ def neighbours(texts: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
 
 
 def packs(
-    widths: Sequence[int], max_tokens: int, mask_elements: int | None, small: float = SMALL
+    widths: Sequence[int],
+    max_tokens: int,
+    mask_elements: int | None,
+    small: float = SMALL,
+    before: Sequence[int] | None = None,
 ) -> list[slice]:
     """Runs of rows (the narrowest first) that go into a forward together: as many as may be, but
-    where a forward is not small already, it takes no row that would leave much of it to padding."""
-    found, start, real = [], 0, 0
+    where a forward is not small already, it takes no row that would leave much of it to padding.
+
+    mask_elements: of its mask at most; None: it has none. before: tokens in front of each row.
+    """
+    found, start, real, longest = [], 0, 0, 0
     for stop in range(1, len(widths) + 1):
         real += widths[stop - 1]
+        longest = max(longest, before[stop - 1] if before else 0)
         if stop < len(widths):
             count, width = stop + 1 - start, widths[stop]
+            past = max(longest, before[stop] if before else 0)
             fits = count * width <= max_tokens
-            fits &= mask_elements is None or count * width**2 <= mask_elements
+            fits &= mask_elements is None or count * width * (past + width) <= mask_elements
             full = real + width >= FULL * count * width
             if fits and (full or real < max_tokens * small):
                 continue
         found.append(slice(start, stop))
-        start, real = stop, 0
+        start, real, longest = stop, 0, 0
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from reroll.model.attention import BLOCK, takes_blocks
 from reroll.model.load import embeddings
 
 
@@ -16,10 +17,16 @@ class CostModel:
 
     per_token: float
     per_context: float
+    block: int | None = None
+    """queries that attend to nothing behind them, under a mask; None: all pairs are computed"""
 
     def flops(self, tokens: float, context: float) -> float:
         """FLOPs of a forward over `tokens` that attend to `context` tokens in all."""
         return self.per_token * tokens + self.per_context * context
+
+    def attended(self, width: int) -> float:
+        """Tokens attended to among so many columns under a mask, needed or not."""
+        return width**2 if self.block is None else width * (width + min(width, self.block)) / 2
 
 
 def cost_model(model: PreTrainedModel) -> CostModel:
@@ -34,4 +41,5 @@ def cost_model(model: PreTrainedModel) -> CostModel:
         passed -= routed * (1 - config.num_experts_per_tok / experts)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return CostModel(2.0 * passed, 4.0 * heads * width * config.num_hidden_layers)
+    block = BLOCK if takes_blocks(model) else None
+    return CostModel(2.0 * passed, 4.0 * heads * width * config.num_hidden_layers, block)

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from reroll.model.cut import SMALL_LEAVES, cut, leaves_pay, packs, packs_of_leafy
+from reroll.model.cut import KEPT, SMALL_LEAVES, Row, cut, packs, packs_of_leafy
 from reroll.model.flops import CostModel
 from reroll.model.ragged import pad
 from reroll.model.tree import Tree, merge, pad_columns
@@ -27,7 +27,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """(context, continuation) token ids; the context is not empty"""
 
 MASK_ELEMENTS = 1 << 26
-"""of one forward's mask at most: 64 MiB of booleans"""
+"""of one forward's mask at most: 64 MiB of booleans, 256 of float32 numbers"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,13 @@ class Leaves:
     """bool `[R, N]`"""
     past: torch.Tensor
     """`[R, P]` cell of each token before a row, in the layout's tokens flattened; -1: none"""
+    position: torch.Tensor
+    """`[R, N]`; pads have their row's last one"""
 
     def to(self, device: torch.device) -> "Leaves":
         """The same on a device."""
-        return Leaves(*(x.to(device) for x in (self.tokens, self.wanted, self.past)))
+        parts = (self.tokens, self.wanted, self.past, self.position)
+        return Leaves(*(part.to(device) for part in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,8 @@ class Layout:
         """`[W, ...]` by prediction to `[T, ...]` by token."""
         if self.source is None or self.gather is None:
             return predictions
-        return predictions[self.source[self.gather]]
+        # its gradient adds up in one order; that of indexing does not, on several threads
+        return predictions.index_select(0, self.source[self.gather])
 
 
 def lay_out(
@@ -108,23 +112,27 @@ def lay_out(
     share. behind: whether there may be leaves (gradient checkpointing drops keys and values).
     """
     texts = [np.array([*context, *continuation]) for context, continuation in pairs]
-    rows = [[k] for k in range(len(pairs))]
+    rows = [Row([k], False) for k in range(len(pairs))]
     bound, widest = max_tokens or 1 << 62, int(MASK_ELEMENTS**0.5)
     if cost is not None:
         rows = cut(texts, cost, widest, bound, behind)
     layouts = []
-    alone = sorted((row[0] for row in rows if len(row) == 1), key=lambda k: len(texts[k]))
+    alone = sorted((k for (k, *more), _ in rows if not more), key=lambda k: len(texts[k]))
     for pack in packs([len(texts[k]) for k in alone], bound, None):
         layouts.append(_flat(pairs, alone[pack]))
-    trees = [(row, merge([texts[k] for k in row])) for row in rows if len(row) > 1]
-    leafy = [cost is not None and behind and leaves_pay(cost, tree, widest) for _, tree in trees]
-    whole = [each for each, split in zip(trees, leafy, strict=True) if not split]
+    whole, split = (
+        [
+            (row, merge([texts[k] for k in row]))
+            for row, leafy in rows
+            if len(row) > 1 and leafy == x
+        ]
+        for x in (False, True)
+    )
     whole.sort(key=lambda each: len(each[1]))
     for pack in packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
         layouts.append(_shared(pairs, whole[pack], False, bound))
-    split = [each for each, split in zip(trees, leafy, strict=True) if split]
     split.sort(key=lambda each: int((each[1].count >= 2).sum()))
-    for pack in packs_of_leafy([len(tree) - 1 for _, tree in split], bound):
+    for pack in packs_of_leafy([_kept(tree) for _, tree in split], bound):
         layouts += _within(pairs, split[pack], bound)
     return layouts
 
@@ -133,6 +141,12 @@ def one_tree(pairs: Sequence[Pair], leafy: bool) -> Layout:
     """All in one row, whatever that costs; leafy: but for what each has of its own."""
     tree = merge([[*context, *continuation] for context, continuation in pairs])
     return _shared(pairs, [(list(range(len(pairs))), tree)], leafy, 1 << 62)
+
+
+def _kept(tree: Tree) -> int:
+    """Tokens of a tree with leaves, and what is brought to these in tokens' worth of memory."""
+    brought = (tree.count[tree.node[:, 1:]] >= 2) & (tree.node[:, 1:] >= 0)
+    return len(tree) - 1 + int(brought.sum()) // KEPT
 
 
 def _flat(pairs: Sequence[Pair], which: list[int]) -> Layout:
@@ -151,9 +165,8 @@ def _within(
 ) -> list[Layout]:
     """Trees with leaves, in halves where padding or their masks would make them too large."""
     layout = _shared(pairs, trees, True, max_tokens)
-    masks = [layout.tokens.numel() * layout.tokens.shape[1]]
-    masks += [x.tokens.numel() * (x.past.shape[1] + x.tokens.shape[1]) for x in layout.leaves]
-    if len(trees) == 1 or (layout.padded() <= max_tokens and max(masks) <= MASK_ELEMENTS):
+    mask = layout.tokens.numel() * layout.tokens.shape[1]  # those of leaves are bounded
+    if len(trees) == 1 or (layout.padded() <= max_tokens and mask <= MASK_ELEMENTS):
         return [layout]
     half = len(trees) // 2
     return _within(pairs, trees[:half], max_tokens) + _within(pairs, trees[half:], max_tokens)
@@ -178,7 +191,7 @@ def _shared(
         cells.append(cell)
     tokens = _tokens(rows)
     leaves = _leaves(trees, cells, tokens.numel(), max_tokens) if leafy else []
-    asked = np.zeros(tokens.numel() + sum(part.numel() for part, _ in leaves), bool)
+    asked = np.zeros(tokens.numel() + sum(part.numel() for part, *_ in leaves), bool)
     before, target, gather, drawn_so_far, flat = [], [], [], 0, 0
     for (members, tree), cell in zip(trees, cells, strict=True):
         ends = [(len(pairs[k][0]), len(pairs[k][0]) + len(pairs[k][1])) for k in members]
@@ -193,7 +206,7 @@ def _shared(
         flat += sum(end for _, end in ends)
     asked[np.concatenate(before)] = True
     source = (np.cumsum(asked) - 1)[np.concatenate(before)]
-    bounds = np.cumsum([0, tokens.numel(), *(part.numel() for part, _ in leaves)])
+    bounds = np.cumsum([0, tokens.numel(), *(part.numel() for part, *_ in leaves)])
     wanted = [torch.from_numpy(asked[a:b]) for a, b in pairwise(bounds)]
     return Layout(
         [k for members, _ in trees for k in members],
@@ -207,8 +220,8 @@ def _shared(
         context=sum(int(tree.depth.sum()) for _, tree in trees),
         flat=flat,
         leaves=tuple(
-            Leaves(part, mask.view(part.shape), past)
-            for (part, past), mask in zip(leaves, wanted[1:], strict=True)
+            Leaves(part, mask.view(part.shape), past, position)
+            for (part, past, position), mask in zip(leaves, wanted[1:], strict=True)
         ),
     )
 
@@ -218,8 +231,8 @@ def _leaves(
     cells: Sequence[np.ndarray],
     first_cell: int,
     max_tokens: int,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, past) of the leaves' forwards; `cells` learn where their nodes are, from
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(tokens, past, position) of the leaves' forwards; `cells` learn where their nodes are, from
     `first_cell` on."""
     found = []
     for (members, tree), cell in zip(trees, cells, strict=True):
@@ -231,15 +244,18 @@ def _leaves(
                 found.append((path[alone], cell[path[~alone]], tree, cell))
     found.sort(key=lambda leaf: (len(leaf[0]), len(leaf[1])))
     made = []
-    for pack in packs([len(nodes) for nodes, *_ in found], max_tokens, None, SMALL_LEAVES):
+    lengths, befores = [len(nodes) for nodes, *_ in found], [len(path) for _, path, *_ in found]
+    for pack in packs(lengths, max_tokens, MASK_ELEMENTS, SMALL_LEAVES, befores):
         some = found[pack]
         tokens = _tokens([tree.tokens[nodes] for nodes, _, tree, _ in some])
-        past = np.full((len(some), max(len(before) for _, before, *_ in some)), -1)
+        last = np.minimum(np.arange(tokens.shape[1]), np.array(lengths[pack])[:, None] - 1)
+        position = np.array(befores[pack])[:, None] + last
+        past = np.full((len(some), max(befores[pack])), -1)
         for row, (nodes, before, _, cell) in enumerate(some):
             past[row, : len(before)] = before
             cell[nodes] = first_cell + row * tokens.shape[1] + np.arange(len(nodes))
         first_cell += tokens.numel()
-        made.append((tokens, torch.from_numpy(past)))
+        made.append((tokens, torch.from_numpy(past), torch.from_numpy(position)))
     return made
 
 

@@ -49,7 +49,8 @@ def token_logprobs(
     max_tokens: split into forwards of at most this many tokens, padding included (None: one).
     cost: the model's, for running what texts begin with alike once; None: each runs alone.
     """
-    layouts = lay_out(pairs, max_tokens, cost)
+    behind = cost is not None and not (model.training and model.is_gradient_checkpointing)
+    layouts = lay_out(pairs, max_tokens, cost, behind)
     parts = [
         layout_logprobs(model, layout, temperature=temperature, entropy=entropy, hidden=hidden)
         for layout in layouts
@@ -80,8 +81,12 @@ def layout_logprobs(
         if layout.source is None or layout.gather is None:
             logprobs_T = logits_WV.gather(-1, layout.target[:, None]).squeeze(-1) - norm_W
         else:
-            drawn_M = logits_WV[layout.source, layout.target] - norm_W[layout.source]
-            logprobs_T = drawn_M[layout.gather]
+            # a prediction's tokens differ: no element is taken twice, as elsewhere, where the
+            # gradient of indexing would add in any order
+            drawn_M = logits_WV[layout.source, layout.target] - norm_W.index_select(
+                0, layout.source
+            )
+            logprobs_T = drawn_M.index_select(0, layout.gather)
         if not entropy:
             return LogProbs(logprobs_T, None, states_TH)
         probs_WV = (logits_WV - norm_W[:, None]).exp()
@@ -135,7 +140,7 @@ def _calls(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[torch.Tenso
             )
         step = torch.arange(width, device=cell.device)
         before = torch.arange(there.shape[1], device=cell.device).expand(rows, -1)
-        own = there.sum(1, keepdim=True) + step
+        own = leaves.position
         causal = (step <= step[:, None]).expand(rows, width, width)
         seen = torch.cat([there[:, None].expand(rows, width, -1), causal], -1)
         yield (

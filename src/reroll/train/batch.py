@@ -50,8 +50,6 @@ class Microbatch:
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):
                 value = value.to(device, dtype if value.is_floating_point() else value.dtype)
-            if isinstance(value, Layout):
-                value = value.to(device)
             moved[name] = value
         return Microbatch(**moved)
 

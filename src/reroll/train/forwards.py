@@ -1,15 +1,27 @@
 """Forwards of policy, reference and critic: under the trainer's autocast, booked for the ledger."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from reroll.model.flops import CostModel, cost_model
 from reroll.model.layout import Layout
 from reroll.model.logprobs import LogProbs, layout_logprobs
 
 Work = tuple[int, Layout]
 """(forwards that it costs as much as, what was run)"""
+
+
+def sharing(
+    model: PreTrainedModel, trees: bool, leaves: bool, again: bool
+) -> tuple[CostModel | None, bool]:
+    """(costs to choose rows by, None: a row for each rollout; whether there may be leaves).
+
+    again: gradient checkpointing runs training forwards twice, without blocks and leaves.
+    """
+    cost = cost_model(model) if trees else None
+    return (replace(cost, block=None) if cost and again else cost), leaves and not again
 
 
 @dataclass(slots=True)

@@ -16,14 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from reroll.config import AlgoSection, CorrectSection, TrainSection
-from reroll.model.flops import CostModel
 from reroll.model.layout import Layout, in_order, lay_out
 from reroll.model.load import switch_off_dropout
 from reroll.model.lora import adapters_off
 from reroll.train.batch import Microbatch, Minibatch, minibatches
 from reroll.train.credit import PREFIX, Credit, Scores, credit, graded
 from reroll.train.critic import Critic
-from reroll.train.forwards import Forwards, Work
+from reroll.train.forwards import Forwards, Work, sharing
 from reroll.train.metrics import Sums
 from reroll.train.moments import load_moments, moments
 from reroll.train.policy import PolicyLoss
@@ -42,9 +41,8 @@ class Trainer:
     """Owns the optimizers and the policy version; shares the module with the engine.
 
     temperature, max_tokens: those of sampling. reference: the KL's anchor, or None; a model with
-    adapters is its own reference, with the adapters off. critic: for advantage = "gae". cost: the
-    model's, for running what rollouts begin with alike once; None: each runs alone. behind: see
-    `lay_out`.
+    adapters is its own reference, with the adapters off. critic: for advantage = "gae". trees: run
+    what rollouts begin with alike once; leaves: in two stages, where that is cheaper.
     """
 
     def __init__(
@@ -59,8 +57,8 @@ class Trainer:
         autocast: torch.dtype | None = None,
         reference: PreTrainedModel | None = None,
         critic: Critic | None = None,
-        cost: CostModel | None = None,
-        behind: bool = True,
+        trees: bool = False,
+        leaves: bool = True,
     ) -> None:
         assert (critic is not None) == (algo.advantage == "gae")
         assert (reference is not None) == (algo.kl_coef > 0)
@@ -68,8 +66,6 @@ class Trainer:
         self.algo, self.train, self.correct = algo, train, correct or CorrectSection()
         self.max_tokens = max_tokens
         self.forwards = Forwards(model.device, temperature, autocast)
-        self.cost = cost
-        self.behind = behind and not train.gradient_checkpointing
         self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
         """dtype of losses, as `token_logprobs` returns"""
@@ -85,6 +81,7 @@ class Trainer:
         switch_off_dropout(model)
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.cost, self.behind = sharing(model, trees, leaves, train.gradient_checkpointing)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         frozen = len(self.parameters) < len(list(model.parameters()))
         self.passes = (2 if frozen else 3) + train.gradient_checkpointing
@@ -279,6 +276,7 @@ class Trainer:
             "batches": self.batches,
             "critic_steps": self.critic_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "shares": [self.cost is not None, self.behind],
             "critic": self.critic.state() if self.critic is not None else {},
         }
 
@@ -287,6 +285,10 @@ class Trainer:
         self.version, self.batches = state["version"], state["batches"]
         self.critic_steps = state["critic_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        # the start-up check may say otherwise of these weights; a run keeps its forwards
+        trees, leaves = state["shares"]
+        again = self.train.gradient_checkpointing
+        self.cost, self.behind = sharing(self.model, trees, leaves, again)
         load_moments(self.optimizer, self.parameters, state["moments"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
