@@ -196,7 +196,8 @@ class TrainSection(Section):
     )
     trees: bool = Field(
         default=True,
-        description="compute what rollouts begin with alike once, where that is cheaper; exact",
+        description="compute what rollouts begin with alike once, where that is cheaper; the same "
+        "up to rounding",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, more time"

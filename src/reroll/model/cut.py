@@ -36,7 +36,8 @@ class Row(NamedTuple):
 def cut(
     texts: Sequence[np.ndarray], cost: CostModel, widest: int, most: int, behind: bool = True
 ) -> list[Row]:
-    """Which texts share a row: the cheapest cut of the sorted order, by dynamic programming.
+    """Which texts share a row: the cheapest cut of the sorted order, by dynamic programming, where
+    neighbours that have next to nothing in common are never joined.
 
     widest: of a row under a dense mask. most: tokens of a row that several share, its leaves
     included. behind: whether it may have any.

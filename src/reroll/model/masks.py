@@ -1,9 +1,10 @@
-"""Attention masks of decode ticks and draft trees, in the form that the model takes.
+"""Attention masks of decode ticks and prefix trees, in the form that the model takes.
 
 Most models take one 4-D mask for all layers. Models whose configuration lists layer types
 (full, sliding) take a mask for each type. Models with one window for every layer (Mistral, Phi-3,
 StarCoder2) take one mask with the window in it. Eager attention adds its mask to the scores, the
-others want booleans. The start-up self-check finds out whether the form chosen here is right.
+others take booleans or such numbers. The start-up self-check finds out whether the form chosen here
+is right.
 """
 
 from typing import NamedTuple
