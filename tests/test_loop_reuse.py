@@ -304,7 +304,9 @@ def test_a_batch_trains_the_same_however_much_of_it_was_reused(kind: str, projec
             with torch.no_grad():
                 for name, parameter in parts.model.named_parameters():
                     parameter.copy_(before[name])
-            trainer = reroll.setup.make_trainer(project.config(**changes), parts.model, None)
+            trainer = reroll.setup.make_trainer(
+                project.config(**changes), parts.model, None, trees=True, leaves=True
+            )
             figures = trainer.step(trainer.credit(groups)[0])
             return {n: p.detach().clone() for n, p in parts.model.named_parameters()}, figures
 
