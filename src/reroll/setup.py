@@ -87,11 +87,11 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
         f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
     ]
-    if config.train.trees and not trees:
+    if config.train.trees and trainer.cost is None:
         notes.append(
             "train.trees: this model takes no tree masks (self-check): trained on one by one"
         )
-    if trees and not leaves:
+    if trainer.cost and not (trainer.behind or config.train.gradient_checkpointing):
         notes.append("train.trees: this model takes no leaves behind trees (self-check): wide rows")
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:

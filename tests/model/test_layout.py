@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from reroll.model.cut import (
     LEAST_GAIN,
@@ -397,17 +396,9 @@ def test_windows_go_by_depth_and_the_comparison_can_fail(monkeypatch):
 
 def test_pads_of_leaves_stay_within_the_positions_that_a_model_has():
     """A short leaf behind a long path beside a long leaf behind a short one."""
-    config = AutoConfig.for_model(
-        "gpt2",
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config).double().eval()
+    model = tiny("gpt2")
+    positions = model.transformer.wpe
+    positions.weight = torch.nn.Parameter(positions.weight[:32])
     long, short = list(range(24)), list(range(30, 35))
     pairs = [
         (long, [40] * 8),

@@ -120,14 +120,9 @@ def lay_out(
     alone = sorted((k for (k, *more), _ in rows if not more), key=lambda k: len(texts[k]))
     for pack in packs([len(texts[k]) for k in alone], bound, None):
         layouts.append(_flat(pairs, alone[pack]))
-    whole, split = (
-        [
-            (row, merge([texts[k] for k in row]))
-            for row, leafy in rows
-            if len(row) > 1 and leafy == x
-        ]
-        for x in (False, True)
-    )
+    trees = [(merge([texts[k] for k in row.texts]), row) for row in rows if len(row.texts) > 1]
+    whole = [(row.texts, tree) for tree, row in trees if not row.leafy]
+    split = [(row.texts, tree) for tree, row in trees if row.leafy]
     whole.sort(key=lambda each: len(each[1]))
     for pack in packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
         layouts.append(_shared(pairs, whole[pack], False, bound))

@@ -140,7 +140,6 @@ def _calls(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[torch.Tenso
             )
         step = torch.arange(width, device=cell.device)
         before = torch.arange(there.shape[1], device=cell.device).expand(rows, -1)
-        own = leaves.position
         causal = (step <= step[:, None]).expand(rows, width, width)
         seen = torch.cat([there[:, None].expand(rows, width, -1), causal], -1)
         yield (
@@ -149,7 +148,7 @@ def _calls(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[torch.Tenso
                 "input_ids": leaves.tokens,
                 "use_cache": True,
                 "past_key_values": behind,
-                **_where(model, seen, own, torch.cat([before, own], 1)),
+                **_where(model, seen, leaves.position, torch.cat([before, leaves.position], 1)),
             },
         )
 
