@@ -49,6 +49,7 @@ from reroll.rollout.decisions import Decisions
 from reroll.rundir import RunDir
 from reroll.setup import Parts as RunParts
 from reroll.setup import load_policy, prepare
+from reroll.train.forwards import Shares
 from reroll.train.trainer import Trainer
 from reroll.types import Completion, Group, Prompt, Purpose, Rollout
 
@@ -68,7 +69,9 @@ def trainers(model: PreTrainedModel, budget: int, max_tokens: int) -> dict[str, 
     made = {}
     for arm in ("flat", "tree"):
         trees = arm == "tree"
-        made[arm] = Trainer(model, algo, train, temperature=1.0, max_tokens=max_tokens, trees=trees)
+        made[arm] = Trainer(
+            model, algo, train, temperature=1.0, max_tokens=max_tokens, shares=Shares(trees)
+        )
     return made
 
 
@@ -258,7 +261,7 @@ def whole_steps(setting: Setting, seed: int) -> dict[str, Any]:
                 still,
                 temperature=config.rollout.temperature,
                 max_tokens=config.rollout.max_tokens,
-                trees=arm == "fresh",
+                shares=Shares(arm == "fresh"),
             )
             for arm in arms
         }

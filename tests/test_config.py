@@ -325,6 +325,7 @@ max_grad_norm = 0.5
 microbatch_tokens = 99
 gradient_checkpointing = true
 trees = false
+flex = false
 check_logprobs = true
 [eval]
 every = 0

@@ -580,16 +580,31 @@ def test_trees_change_no_token(project: Project) -> None:
 def test_a_model_that_takes_no_trees_is_trained_one_by_one(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_: False)
+    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_, **__: False)
     path = train(project.config(**SHORT | {"log__display": "plain"})).path
     assert "train.trees: this model takes no tree masks (self-check)" in capsys.readouterr().out
     assert all(line["tree_tokens_ratio"] == 1 for line in lines_of(path))
 
 
+def test_a_model_that_takes_no_flex_attention_is_trained_under_dense_masks(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("reroll.model.attention.FLEX_ON", "cpu")  # where torch refuses it
+    monkeypatch.setattr("reroll.model.flops.FLEX_FROM", 1)
+    path = train(project.config(**SHORT | {"log__display": "plain"})).path
+    assert "takes no flex attention (self-check at the start)" in capsys.readouterr().out
+    assert all(line["tree_tokens_ratio"] < 1 for line in lines_of(path))
+    # unchecked it would be used, and fail; switched off it is not even tried
+    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_, **__: True)
+    train(project.config("dense", **SHORT, train__flex=False))
+    with pytest.raises(NotImplementedError), torch.compiler.set_stance("force_eager"):
+        train(project.config("unchecked", **SHORT))
+
+
 def test_a_model_that_takes_no_leaves_is_trained_on_trees(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_, leafy=False: not leafy)
+    monkeypatch.setattr("reroll.setup.trains_on_trees", lambda *_, leafy=False, **__: not leafy)
     path = train(project.config(**SHORT | {"log__display": "plain"})).path
     assert "takes no leaves behind trees (self-check)" in capsys.readouterr().out
     assert all(line["tree_tokens_ratio"] < 1 for line in lines_of(path))

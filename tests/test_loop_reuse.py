@@ -29,6 +29,7 @@ from reroll.rollout.store import Store, prompt_hash
 from reroll.setup import prepare
 from reroll.tasks.pool import GraderPool
 from reroll.train import checkpoint
+from reroll.train.forwards import Shares
 from reroll.train.trainer import Trainer
 from reroll.types import Draft, Finish, Group, Lenience, Prompt, Purpose, Request, Rollout
 from tests.project import (
@@ -305,7 +306,7 @@ def test_a_batch_trains_the_same_however_much_of_it_was_reused(kind: str, projec
                 for name, parameter in parts.model.named_parameters():
                     parameter.copy_(before[name])
             trainer = reroll.setup.make_trainer(
-                project.config(**changes), parts.model, None, trees=True, leaves=True
+                project.config(**changes), parts.model, None, Shares(trees=True)
             )
             figures = trainer.step(trainer.credit(groups)[0])
             return {n: p.detach().clone() for n, p in parts.model.named_parameters()}, figures

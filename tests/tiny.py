@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -137,3 +138,16 @@ def wide() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.to, torch.Tensor.float = to, narrow  # type: ignore[method-assign]
+
+
+@contextmanager
+def flex() -> Iterator[None]:
+    """Flex attention as on CUDA, but uncompiled, on the CPU."""
+    with (
+        patch("reroll.model.attention.FLEX_ON", "cpu"),
+        # torch has the gradient on CPUs, but refuses it
+        patch("torch.nn.attention.flex_attention._validate_device"),
+        patch("torch.nn.attention.flex_attention._warn_once"),  # that it is uncompiled
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield

@@ -19,6 +19,7 @@ from reroll.engine.local import LocalEngine
 from reroll.engine.selfcheck import check_servable, takes_trees, trains_on_trees
 from reroll.engine.speculation import Speculation
 from reroll.errors import UserError
+from reroll.model.attention import takes_flex
 from reroll.model.flops import CostModel, cost_model
 from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
 from reroll.model.lora import add_lora
@@ -30,6 +31,7 @@ from reroll.tasks.load import Task, load_task
 from reroll.tasks.pool import GraderPool
 from reroll.train import checkpoint
 from reroll.train.critic import Critic
+from reroll.train.forwards import FLAT, Shares
 from reroll.train.trainer import Trainer
 from reroll.types import Sampling
 
@@ -72,9 +74,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
     engine = make_engine(config, model, task, autocast)
     cost = cost_model(model)
-    trees = config.train.trees and trains_on_trees(model, autocast)
-    leaves = trees and trains_on_trees(model, autocast, leafy=True)
-    trainer = make_trainer(config, model, autocast, trees, leaves)
+    trainer = make_trainer(config, model, autocast, _shares(config, model, autocast))
     restored = checkpoint.load(folder, trainer) if folder else {}
     engine.load_weights(trainer.version)
     notes = []
@@ -87,12 +87,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
         f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
     ]
-    if config.train.trees and trainer.cost is None:
-        notes.append(
-            "train.trees: this model takes no tree masks (self-check): trained on one by one"
-        )
-    if trainer.cost and not (trainer.behind or config.train.gradient_checkpointing):
-        notes.append("train.trees: this model takes no leaves behind trees (self-check): wide rows")
+    notes += _trees_notes(config, trainer)
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
         yield Parts(
@@ -226,12 +221,11 @@ def make_trainer(
     config: Config,
     model: PreTrainedModel,
     autocast: torch.dtype | None,
-    trees: bool,
-    leaves: bool,
+    shares: Shares,
 ) -> Trainer:
     """A trainer on the engine's module, with the reference and critic that the algorithm wants.
 
-    trees, leaves: whether the model takes them.
+    shares: what the model takes.
     """
     reference, critic = None, None
     if config.algo.kl_coef > 0:
@@ -249,9 +243,29 @@ def make_trainer(
         autocast=autocast,
         reference=reference,
         critic=critic,
-        trees=trees,
-        leaves=leaves,
+        shares=shares,
     )
+
+
+def _shares(config: Config, model: PreTrainedModel, autocast: torch.dtype | None) -> Shares:
+    """What of trees is wanted and, tried out, works with this model."""
+    if not (config.train.trees and trains_on_trees(model, autocast)):
+        return FLAT
+    leaves = trains_on_trees(model, autocast, leafy=True)
+    flex = config.train.flex and takes_flex(model) and trains_on_trees(model, autocast, flex=True)
+    return Shares(True, leaves, flex)
+
+
+def _trees_notes(config: Config, trainer: Trainer) -> list[str]:
+    """What of trees was asked for and does not work with this model."""
+    takes, wants, notes = trainer.shares, config.train, []
+    if wants.trees and not takes.trees:
+        notes.append("takes no tree masks (self-check): trained on one by one")
+    if takes.trees and not (takes.leaves or wants.gradient_checkpointing):
+        notes.append("takes no leaves behind trees (self-check): wide rows")
+    if takes.trees and wants.flex and takes_flex(trainer.model) and not takes.flex:
+        notes.append("takes no flex attention (self-check at the start): dense masks")
+    return [f"train.trees: this model {note}" for note in notes]
 
 
 def _extractor(pattern: str) -> Callable[[str], str | None]:

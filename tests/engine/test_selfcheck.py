@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.integrations.flex_attention import flex_attention_forward
 
 import reroll.engine.runner as runner
 from reroll.engine.selfcheck import check_servable, takes_trees, trains_on_trees
 from reroll.errors import UserError
 from reroll.model.masks import MaskStyle
-from tests.tiny import VOCABULARY, tiny
+from tests.tiny import VOCABULARY, flex, tiny
 
 RECURRENT = {
     "mamba": dict(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),
@@ -81,6 +82,26 @@ def test_ordinary_models_take_trees(name: str) -> None:
     assert getattr(model.config, "sliding_window", None) == window
     assert not model.training
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral_window", "gemma3"])
+def test_flex_attention_is_tried_with_its_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(name)
+    with flex():
+        assert trains_on_trees(model, flex=True) is True
+
+        def mistaken(*inputs: Any, **options: Any) -> tuple[torch.Tensor, None]:
+            out, _ = flex_attention_forward(*inputs, **options)
+            return 2 * out - out.detach(), None  # right, but for its gradient
+
+        monkeypatch.setattr("reroll.model.attention.flex_attention_forward", mistaken)
+        assert trains_on_trees(model, flex=True) is False
+    # refused by torch, as on a device that cannot have it
+    monkeypatch.setattr("reroll.model.attention.FLEX_ON", "cpu")
+    assert trains_on_trees(model, flex=True) is False
+    assert trains_on_trees(model) is True
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

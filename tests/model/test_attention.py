@@ -1,15 +1,29 @@
 """Attention in blocks against torch's own under the same masks."""
 
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 
-from reroll.model.attention import BLOCK, NAME, attention_in_blocks, in_blocks, takes_blocks
+from reroll.engine.selfcheck import trains_on_trees
+from reroll.model.attention import (
+    BLOCK,
+    FLEX_BLOCK,
+    NAME,
+    attention_in_blocks,
+    in_blocks,
+    takes_blocks,
+    takes_flex,
+)
+from reroll.model.flops import CostModel
 from reroll.model.logprobs import token_logprobs
 from tests.model.test_layout import ragged
-from tests.tiny import ATTENTION_FREE, tiny
+from tests.tiny import ATTENTION_FREE, flex, tiny
 
 LAYER = torch.nn.Module()
 LAYER.num_key_value_groups = 2  # type: ignore[assignment]
@@ -76,24 +90,69 @@ def test_only_forwards_within_are_in_blocks() -> None:
         assert model.config._attn_implementation == NAME
         1 / 0  # noqa: B018
     assert model.config._attn_implementation == "sdpa"
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    with in_blocks(model):  # in eval mode nothing is run again
-        assert model.config._attn_implementation == NAME
-    with in_blocks(model.train()):
-        assert model.config._attn_implementation == "sdpa"
-    model.eval().set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
     with in_blocks(model):
         assert model.config._attn_implementation == "eager"
 
 
-def test_models_that_see_to_it_themselves_are_left_alone() -> None:
+@pytest.mark.parametrize("takes", [takes_blocks, takes_flex])
+def test_models_that_see_to_it_themselves_are_left_alone(
+    takes: Callable[[PreTrainedModel], bool],
+) -> None:
     model = tiny("llama")
-    assert takes_blocks(model)
-    model._supports_attention_backend = False  # looks its attention up some other way
-    assert not takes_blocks(model)
-    del model._supports_attention_backend
-    model.config.index_topk = 5  # picks what it attends to
-    assert not takes_blocks(model)
+    with flex():
+        assert takes(model)
+        model._supports_attention_backend = False  # looks its attention up some other way
+        assert not takes(model)
+        del model._supports_attention_backend
+        model.config.index_topk = 5  # picks what it attends to
+        assert not takes(model)
+
+
+def test_flex_attention_is_for_cuda_and_models_that_take_it() -> None:
+    model = tiny("llama")
+    assert not takes_flex(model)
+    with flex():
+        assert takes_flex(model)
+        model._supports_flex_attn = False
+        assert not takes_flex(model)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_flex_attention_says_what_the_mask_says(kind: torch.dtype) -> None:
+    query, key, value, mask = inputs(2 * FLEX_BLOCK + 9, 0)
+    seen = mask[:, 0] == 0
+
+    def formula(row: Any, head: Any, at: Any, other: Any) -> torch.Tensor:
+        return seen[row, at, other]
+
+    blocks = create_block_mask(formula, 2, None, *seen.shape[1:], device="cpu")
+    expected = whole(query, key, value, mask)
+    with flex():
+        # under autocast the rotated ones stay wider than the values
+        got, _ = attention_in_blocks(LAYER, query, key, value.to(kind), blocks, scaling=SCALE)
+    assert got.dtype == kind
+    assert (got - expected).abs().max() < (1e-13 if kind == torch.float64 else 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+@pytest.mark.parametrize("name", ["llama", "qwen3_window"])
+def test_flex_attention_compiled(name: str) -> None:
+    """Rows of two widths and two batch sizes, with gradients, on the device it is for."""
+    model = tiny(name, dtype=torch.float32).cuda()
+    assert trains_on_trees(model, flex=True)
+    cost = CostModel(1.0, 0.0, flex_from=20)
+    for pairs in (ragged(), ragged(1) * 2, ragged() + ragged(2)):
+        found = []
+        for kind in (None, cost):
+            logprobs = token_logprobs(model, pairs, cost=kind).logprobs
+            weight = model.get_input_embeddings().weight
+            (grad,) = torch.autograd.grad(logprobs.square().sum(), weight)
+            found.append((logprobs.detach(), grad))
+        (flat, flat_grad), (tree, tree_grad) = found
+        assert (flat - tree).abs().max() < 1e-3
+        assert (flat_grad - tree_grad).norm() < 1e-3 * flat_grad.norm()
 
 
 def test_trees_go_in_blocks_and_single_texts_do_not() -> None:

@@ -4,6 +4,7 @@ and what the model says of it is what a plain forward says."""
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from reroll.model.attention import takes_flex
 from reroll.model.cut import (
     LEAST_GAIN,
     cut,
@@ -25,7 +27,7 @@ from reroll.model.logprobs import token_logprobs
 from reroll.model.masks import attention_mask
 from reroll.model.tree import merge, tree_mask
 from tests.model.plain import plain
-from tests.tiny import ATTENTION_FREE, MIXTURES, SERVED, VOCABULARY, tiny, wide
+from tests.tiny import ATTENTION_FREE, MIXTURES, SERVED, VOCABULARY, flex, tiny, wide
 
 DEAR = CostModel(per_token=1.0, per_context=0.05)
 """attention that makes wide rows dear"""
@@ -204,6 +206,18 @@ def test_little_in_common_with_a_neighbour_ends_the_search(monkeypatch):
     assert [row.texts for row in cut(texts, ATTENTION_FREE, 1000, 1000)] == [list(range(9))]
 
 
+def test_flex_attention_is_for_wide_rows():
+    pairs = [([1] * 10, [50 + j] * 10) for j in range(4)] + [([2] * 5, [j] * 9) for j in (3, 4)]
+    cost = replace(ATTENTION_FREE, flex_from=50)
+    layouts = [layout for one in (pairs[:4], pairs[4:]) for layout in lay_out(one, None, cost)]
+    assert [(layout.tokens.shape[1], layout.flex) for layout in layouts] == [
+        (50, True),
+        (23, False),
+    ]
+    cost = CostModel(1.0, 1.0, flex_from=1000)
+    assert cost.attended(999) == 999**2 and cost.attended(1024) == 1024 * (1024 + 128) / 2
+
+
 def test_blocks_attend_to_what_stands_before_their_end():
     # three blocks of four queries: 4 * 4 + 4 * 8 + 4 * 12 pairs
     assert CostModel(1.0, 1.0, block=4).attended(12) == 4 * 4 + 4 * 8 + 4 * 12
@@ -358,6 +372,16 @@ def test_trees_say_what_plain_forwards_say(name, free, monkeypatch):
     monkeypatch.setattr("reroll.model.attention.BLOCK", 4)
     with nullcontext() if name in SINGLE else wide(), leaves(free):
         compare_with_plain(name, DEAR if free else ATTENTION_FREE, free)
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize("name", SERVED)
+def test_trees_through_flex_attention_say_the_same(name, free):
+    kind = DEAR if free else ATTENTION_FREE
+    with nullcontext() if name in SINGLE else wide(), leaves(free), flex():
+        compare_with_plain(
+            name, replace(kind, flex_from=0 if takes_flex(tiny(name)) else None), free
+        )
 
 
 def compare_with_plain(name, cost, leafy):

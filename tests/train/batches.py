@@ -12,6 +12,7 @@ from reroll.model.layout import Layout
 from reroll.train.credit import Credit, Scores
 from reroll.train.credit import credit as credit_of
 from reroll.train.critic import Critic
+from reroll.train.forwards import FLAT, Shares
 from reroll.train.trainer import Trainer
 from reroll.types import Completion, Group, Prompt, Rollout
 from tests.model.plain import plain
@@ -202,8 +203,7 @@ def make_trainer(
     autocast: torch.dtype | None = None,
     correct: CorrectSection | None = None,
     critic: dict | None = None,
-    trees: bool = False,
-    leaves: bool = True,
+    shares: Shares = FLAT,
     **train: Any,
 ) -> Trainer:
     """A trainer that leaves gradients as they are, unless told otherwise."""
@@ -218,8 +218,7 @@ def make_trainer(
         autocast=autocast,
         correct=correct,
         critic=None if critic is None else Critic(model, CriticSection(**critic), settings),
-        trees=trees,
-        leaves=leaves,
+        shares=shares,
     )
 
 

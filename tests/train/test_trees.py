@@ -1,19 +1,21 @@
 """What rollouts begin with alike is run once, and no algorithm notices."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from reroll.config import CorrectSection, LoraSection
-from reroll.model.attention import BLOCK
 from reroll.model.flops import CostModel, cost_model
 from reroll.model.load import switch_off_dropout
 from reroll.model.lora import add_lora
 from reroll.train.batch import minibatches
+from reroll.train.forwards import Shares
 from reroll.train.trainer import Trainer
 from reroll.types import Group, Prompt
-from tests.tiny import ATTENTION_FREE, VOCABULARY, tiny, wide
+from tests.tiny import ATTENTION_FREE, VOCABULARY, flex, tiny, wide
 from tests.train.batches import assert_same, credit, gradients, make_trainer, rollout, store
 from tests.train.test_critic import make_ppo, walk
 
@@ -199,17 +201,41 @@ def test_leaves_are_there_but_not_under_checkpointing():
 
 def test_a_run_goes_on_with_the_forwards_it_began_with():
     model = tiny("llama")
-    began = make_trainer(model, trees=True, leaves=False)
+    began = make_trainer(model, shares=Shares(trees=True, leaves=False))
     assert began.cost == cost_model(model) and not began.behind
-    later = make_trainer(model, trees=False)
+    later = make_trainer(model)
     later.load_state(began.state())
     assert later.cost == began.cost and not later.behind
-    later.load_state(make_trainer(model, trees=False).state())
+    later.load_state(make_trainer(model).state())
     assert later.cost is None
 
 
-def test_wide_rows_cost_all_pairs_where_they_are_run_again():
-    model = tiny("llama")
-    assert cost_model(model).block == BLOCK
-    trainer = make_trainer(model, trees=True, gradient_checkpointing=True)
-    assert trainer.cost is not None and trainer.cost.block is None and not trainer.behind
+def test_what_is_run_again_attends_as_it_did(monkeypatch):
+    monkeypatch.setattr("reroll.model.attention.BLOCK", 4)
+    found, calls = [], []
+    for checkpointing in (False, True):
+        with patch(
+            "reroll.model.attention.scaled_dot_product_attention",
+            wraps=scaled_dot_product_attention,
+        ) as called:
+            trainer = make_trainer(tiny("llama"), gradient_checkpointing=checkpointing)
+            trainer.cost = ATTENTION_FREE
+            found.append(gradients(trainer, ragged())[0][0])
+        assert shared(trainer)
+        calls.append(called.call_count)
+    assert calls[1] == 2 * calls[0] > 0
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_window", "mistral"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_flex_attention(name, checkpointing):
+    found = []
+    with flex():
+        for cost in (None, replace(ATTENTION_FREE, flex_from=20)):
+            trainer = make_trainer(tiny(name), gradient_checkpointing=checkpointing)
+            trainer.cost = cost
+            found.append(gradients(trainer, ragged())[0][0])
+    work = [layout for _, layout in trainer.take_work()]
+    assert {layout.flex for layout in work if layout.columns is not None} == {True}
+    assert_same(*found)

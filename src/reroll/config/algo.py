@@ -199,6 +199,11 @@ class TrainSection(Section):
         description="compute what rollouts begin with alike once, where that is cheaper; the same "
         "up to rounding",
     )
+    flex: bool = Field(
+        default=True,
+        description="on CUDA, wide rows of trees attend through flex attention, which is compiled "
+        "at the first step; false: under dense masks",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, more time"
     )

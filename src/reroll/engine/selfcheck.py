@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from reroll.engine.base import Finished
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.errors import UserError
-from reroll.model.attention import BLOCK
+from reroll.model.attention import BLOCK, FLEX_BLOCK
 from reroll.model.layout import one_tree
 from reroll.model.load import embeddings
 from reroll.model.logprobs import layout_logprobs, token_logprobs
@@ -70,26 +70,45 @@ def takes_trees(model: PreTrainedModel, autocast: torch.dtype | None = None) -> 
 
 
 def trains_on_trees(
-    model: PreTrainedModel, autocast: torch.dtype | None = None, leafy: bool = False
+    model: PreTrainedModel,
+    autocast: torch.dtype | None = None,
+    *,
+    leafy: bool = False,
+    flex: bool = False,
 ) -> bool:
-    """Whether forwards over a prefix tree (leafy: in two stages) give what plain ones give."""
+    """Whether forwards over a prefix tree (leafy: in two stages; flex: through flex attention, and
+    then with a gradient) give what plain ones give."""
     if leafy and _turns_by_length(model):
         return False
     vocabulary = embeddings(model)[1].shape[0]
     # the row is wider than a block of attention
-    prompt, one, other = ([(i * k + k) % vocabulary for i in range(BLOCK // 2)] for k in (1, 3, 5))
+    half = (FLEX_BLOCK if flex else BLOCK) // 2
+    prompt, one, other = ([(i * k + k) % vocabulary for i in range(half)] for k in (1, 3, 5))
     pairs = [(prompt, one), (prompt, [*one[:3], *other]), (prompt, other), (prompt[:4], one[:1])]
     try:
         with (
             _short_window(model),
-            torch.no_grad(),
+            torch.set_grad_enabled(flex),
             torch.autocast(model.device.type, autocast, enabled=autocast is not None),
         ):
-            shared = layout_logprobs(model, one_tree(pairs, leafy)).logprobs
+            shared = layout_logprobs(model, one_tree(pairs, leafy, flex)).logprobs
             plain = token_logprobs(model, pairs).logprobs
+            if flex and not _same_gradient(
+                model, shared, plain, _TOLERANCE[autocast or model.dtype]
+            ):
+                return False
     except Exception:  # whatever it does wrong, it does not take trees
         return False
     return (shared - plain).abs().max().item() <= _TOLERANCE[autocast or model.dtype]
+
+
+def _same_gradient(
+    model: PreTrainedModel, one: torch.Tensor, other: torch.Tensor, tolerance: float
+) -> bool:
+    """Whether the first trained weights get the same gradient, relative to its norm."""
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    mine, plain = (torch.autograd.grad(x.sum(), weight)[0] for x in (one, other))
+    return bool((mine - plain).norm() <= tolerance * plain.norm())
 
 
 def _turns_by_length(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from reroll.model.attention import BLOCK, takes_blocks
+from reroll.model.attention import BLOCK, FLEX_BLOCK, FLEX_FROM, takes_blocks, takes_flex
 from reroll.model.load import embeddings
 
 
@@ -19,6 +19,8 @@ class CostModel:
     per_context: float
     block: int | None = None
     """queries that attend to nothing behind them, under a mask; None: all pairs are computed"""
+    flex_from: int | None = None
+    """columns under a mask from which flex attention is used; None: never"""
 
     def flops(self, tokens: float, context: float) -> float:
         """FLOPs of a forward over `tokens` that attend to `context` tokens in all."""
@@ -26,7 +28,12 @@ class CostModel:
 
     def attended(self, width: int) -> float:
         """Tokens attended to among so many columns under a mask, needed or not."""
-        return width**2 if self.block is None else width * (width + min(width, self.block)) / 2
+        block = FLEX_BLOCK if self.flexes(width) else self.block
+        return width**2 if block is None else width * (width + min(width, block)) / 2
+
+    def flexes(self, width: int) -> bool:
+        """Whether so many columns under a mask attend through flex attention."""
+        return self.flex_from is not None and width >= self.flex_from
 
 
 def cost_model(model: PreTrainedModel) -> CostModel:
@@ -42,4 +49,6 @@ def cost_model(model: PreTrainedModel) -> CostModel:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     block = BLOCK if takes_blocks(model) else None
-    return CostModel(2.0 * passed, 4.0 * heads * width * config.num_hidden_layers, block)
+    flex_from = FLEX_FROM if takes_flex(model) else None
+    per_context = 4.0 * heads * width * config.num_hidden_layers
+    return CostModel(2.0 * passed, per_context, block, flex_from)

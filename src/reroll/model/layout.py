@@ -76,6 +76,8 @@ class Layout:
     """tokens of the rollouts, each counted alone"""
     leaves: tuple[Leaves, ...] = ()
     """their predictions follow those of the trees"""
+    flex: bool = False
+    """whether the trees attend through flex attention"""
 
     def padded(self) -> int:
         """Tokens of all its forwards, padding included."""
@@ -125,17 +127,19 @@ def lay_out(
     split = [(row.texts, tree) for tree, row in trees if row.leafy]
     whole.sort(key=lambda each: len(each[1]))
     for pack in packs([len(tree) - 1 for _, tree in whole], bound, MASK_ELEMENTS):
-        layouts.append(_shared(pairs, whole[pack], False, bound))
+        layouts.append(_shared(pairs, whole[pack], False, bound, cost))
     split.sort(key=lambda each: int((each[1].count >= 2).sum()))
     for pack in packs_of_leafy([_kept(tree) for _, tree in split], bound):
-        layouts += _within(pairs, split[pack], bound)
+        layouts += _within(pairs, split[pack], bound, cost)
     return layouts
 
 
-def one_tree(pairs: Sequence[Pair], leafy: bool) -> Layout:
-    """All in one row, whatever that costs; leafy: but for what each has of its own."""
+def one_tree(pairs: Sequence[Pair], leafy: bool, flex: bool = False) -> Layout:
+    """All in one row, whatever that costs; leafy: but for what each has of its own. flex: through
+    flex attention, however narrow it is."""
     tree = merge([[*context, *continuation] for context, continuation in pairs])
-    return _shared(pairs, [(list(range(len(pairs))), tree)], leafy, 1 << 62)
+    layout = _shared(pairs, [(list(range(len(pairs))), tree)], leafy, 1 << 62, None)
+    return replace(layout, flex=flex)
 
 
 def _kept(tree: Tree) -> int:
@@ -156,19 +160,27 @@ def _flat(pairs: Sequence[Pair], which: list[int]) -> Layout:
 
 
 def _within(
-    pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]], max_tokens: int
+    pairs: Sequence[Pair],
+    trees: Sequence[tuple[list[int], Tree]],
+    max_tokens: int,
+    cost: CostModel | None,
 ) -> list[Layout]:
     """Trees with leaves, in halves where padding or their masks would make them too large."""
-    layout = _shared(pairs, trees, True, max_tokens)
+    layout = _shared(pairs, trees, True, max_tokens, cost)
     mask = layout.tokens.numel() * layout.tokens.shape[1]  # those of leaves are bounded
     if len(trees) == 1 or (layout.padded() <= max_tokens and mask <= MASK_ELEMENTS):
         return [layout]
     half = len(trees) // 2
-    return _within(pairs, trees[:half], max_tokens) + _within(pairs, trees[half:], max_tokens)
+    halves = (trees[:half], trees[half:])
+    return [layout for part in halves for layout in _within(pairs, part, max_tokens, cost)]
 
 
 def _shared(
-    pairs: Sequence[Pair], trees: Sequence[tuple[list[int], Tree]], leafy: bool, max_tokens: int
+    pairs: Sequence[Pair],
+    trees: Sequence[tuple[list[int], Tree]],
+    leafy: bool,
+    max_tokens: int,
+    cost: CostModel | None,
 ) -> Layout:
     """A row for each tree; leafy: of what several texts pass through, leaves for the rest."""
     rows, columns, cells = [], [], []
@@ -218,6 +230,7 @@ def _shared(
             Leaves(part, mask.view(part.shape), past, position)
             for (part, past, position), mask in zip(leaves, wanted[1:], strict=True)
         ),
+        flex=cost is not None and cost.flexes(width),
     )
 
 

@@ -17,7 +17,7 @@ from reroll.model.attention import in_blocks
 from reroll.model.flops import CostModel
 from reroll.model.hidden import hidden_states
 from reroll.model.layout import Layout, Pair, in_order, lay_out
-from reroll.model.masks import attention_mask, mask_style
+from reroll.model.masks import attention_mask, flex_mask, mask_style
 from reroll.model.tree import tree_mask
 
 
@@ -103,7 +103,7 @@ def layout_states(trunk: PreTrainedModel, layout: Layout) -> torch.Tensor:
 
 
 def _blocks(model: PreTrainedModel, layout: Layout) -> AbstractContextManager[None]:
-    return in_blocks(model) if layout.columns is not None else nullcontext()
+    return in_blocks(model, layout.flex) if layout.columns is not None else nullcontext()
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -117,8 +117,12 @@ def _calls(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[torch.Tenso
         yield layout.wanted, inputs
         return
     order, end, position = layout.columns
-    seen = tree_mask(order, end, layout.tokens.shape[1])
-    inputs |= _where(model, seen, position, position)
+    if layout.flex:
+        mask = flex_mask(mask_style(model.config), order, end, position)
+        inputs |= {"attention_mask": mask, "position_ids": position}
+    else:
+        seen = tree_mask(order, end, layout.tokens.shape[1])
+        inputs |= _where(model, seen, position, position)
     cache = DynamicCache()
     if layout.leaves:
         inputs |= {"use_cache": True, "past_key_values": cache}

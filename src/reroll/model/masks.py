@@ -7,12 +7,14 @@ others take booleans or such numbers. The start-up self-check finds out whether 
 is right.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
-Mask = torch.Tensor | dict[str, torch.Tensor]
+Mask = torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]
 
 
 class MaskStyle(NamedTuple):
@@ -66,6 +68,33 @@ def attention_mask(
         "full_attention": _shape(seen, style.additive, dtype),
         "sliding_attention": sliding,
     }
+
+
+def flex_mask(
+    style: MaskStyle, order: torch.Tensor, end: torch.Tensor, position: torch.Tensor
+) -> Mask:
+    """The mask of trees (`model/tree.py`; `[R, C]` each) for flex attention: which blocks of pairs
+    hold something that is seen, and a formula for the rest."""
+
+    def seen(row: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        at = order[row, query]
+        return (order[row, key] <= at) & (at < end[row, key])
+
+    def blocks(formula: Callable[..., torch.Tensor]) -> BlockMask:
+        rows, width = order.shape
+        return create_block_mask(formula, rows, None, width, width, device=order.device)
+
+    window = style.window
+    if window is None:
+        return blocks(seen)
+
+    def near(row: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        distance = position[row, query] - position[row, key]
+        return seen(row, head, query, key) & (distance < window)
+
+    if not style.by_layer_type:
+        return blocks(near)
+    return {"full_attention": blocks(seen), "sliding_attention": blocks(near)}
 
 
 def _shape(seen: torch.Tensor, additive: bool, dtype: torch.dtype) -> torch.Tensor:

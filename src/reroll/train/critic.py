@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from reroll.algo.loss import token_weights, value_loss
 from reroll.config import CriticSection, TrainSection
+from reroll.model.attention import checkpoint_gradients
 from reroll.model.layout import Layout
 from reroll.model.load import embeddings, widen
 from reroll.model.logprobs import layout_states
@@ -34,7 +35,7 @@ class Critic(nn.Module):
             self.trunk = trunk = cast(PreTrainedModel, copy.deepcopy(model.base_model))
             widen(trunk)
             if train.gradient_checkpointing:
-                trunk.gradient_checkpointing_enable({"use_reentrant": False})
+                checkpoint_gradients(trunk)
                 trunk.train()
         weight = embeddings(model)[1]
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

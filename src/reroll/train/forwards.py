@@ -1,6 +1,7 @@
 """Forwards of policy, reference and critic: under the trainer's autocast, booked for the ledger."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -13,15 +14,25 @@ Work = tuple[int, Layout]
 """(forwards that it costs as much as, what was run)"""
 
 
-def sharing(
-    model: PreTrainedModel, trees: bool, leaves: bool, again: bool
-) -> tuple[CostModel | None, bool]:
-    """(costs to choose rows by, None: a row for each rollout; whether there may be leaves).
+class Shares(NamedTuple):
+    """Whether forwards share what rollouts begin with alike, and how."""
 
-    again: gradient checkpointing runs training forwards twice, without blocks and leaves.
-    """
-    cost = cost_model(model) if trees else None
-    return (replace(cost, block=None) if cost and again else cost), leaves and not again
+    trees: bool = False
+    leaves: bool = True
+    """in two stages, where that is cheaper"""
+    flex: bool = True
+    """through flex attention, where rows are wide and the device has it"""
+
+    def cost(self, model: PreTrainedModel) -> CostModel | None:
+        """What rows are chosen by; None: a row for each rollout."""
+        if not self.trees:
+            return None
+        cost = cost_model(model)
+        return cost if self.flex else replace(cost, flex_from=None)
+
+
+FLAT = Shares()
+"""each rollout alone"""
 
 
 @dataclass(slots=True)

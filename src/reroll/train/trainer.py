@@ -16,13 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from reroll.config import AlgoSection, CorrectSection, TrainSection
+from reroll.model.attention import checkpoint_gradients
 from reroll.model.layout import Layout, in_order, lay_out
 from reroll.model.load import switch_off_dropout
 from reroll.model.lora import adapters_off
 from reroll.train.batch import Microbatch, Minibatch, minibatches
 from reroll.train.credit import PREFIX, Credit, Scores, credit, graded
 from reroll.train.critic import Critic
-from reroll.train.forwards import Forwards, Work, sharing
+from reroll.train.forwards import FLAT, Forwards, Shares, Work
 from reroll.train.metrics import Sums
 from reroll.train.moments import load_moments, moments
 from reroll.train.policy import PolicyLoss
@@ -41,8 +42,8 @@ class Trainer:
     """Owns the optimizers and the policy version; shares the module with the engine.
 
     temperature, max_tokens: those of sampling. reference: the KL's anchor, or None; a model with
-    adapters is its own reference, with the adapters off. critic: for advantage = "gae". trees: run
-    what rollouts begin with alike once; leaves: in two stages, where that is cheaper.
+    adapters is its own reference, with the adapters off. critic: for advantage = "gae". shares:
+    whether what rollouts begin with alike is run once, and how.
     """
 
     def __init__(
@@ -57,8 +58,7 @@ class Trainer:
         autocast: torch.dtype | None = None,
         reference: PreTrainedModel | None = None,
         critic: Critic | None = None,
-        trees: bool = False,
-        leaves: bool = True,
+        shares: Shares = FLAT,
     ) -> None:
         assert (critic is not None) == (algo.advantage == "gae")
         assert (reference is not None) == (algo.kl_coef > 0)
@@ -80,8 +80,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         switch_off_dropout(model)
         if train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.cost, self.behind = sharing(model, trees, leaves, train.gradient_checkpointing)
+            checkpoint_gradients(model)
+        self._share(shares)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         frozen = len(self.parameters) < len(list(model.parameters()))
         self.passes = (2 if frozen else 3) + train.gradient_checkpointing
@@ -92,6 +92,11 @@ class Trainer:
             betas=(train.beta1, train.beta2),
             weight_decay=train.weight_decay,
         )
+
+    def _share(self, shares: Shares) -> None:
+        """Decide how forwards are laid out; gradient checkpointing drops what leaves stand on."""
+        self.shares, self.cost = shares, shares.cost(self.model)
+        self.behind = shares.leaves and not self.train.gradient_checkpointing
 
     def learning_rate(self, version: int) -> float:
         """Rate of optimizer step `version` (from 0): warm-up, then decay towards 0 at the end."""
@@ -276,7 +281,7 @@ class Trainer:
             "batches": self.batches,
             "critic_steps": self.critic_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "shares": [self.cost is not None, self.behind],
+            "shares": list(self.shares),
             "critic": self.critic.state() if self.critic is not None else {},
         }
 
@@ -286,9 +291,7 @@ class Trainer:
         self.critic_steps = state["critic_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         # the start-up check may say otherwise of these weights; a run keeps its forwards
-        trees, leaves = state["shares"]
-        again = self.train.gradient_checkpointing
-        self.cost, self.behind = sharing(self.model, trees, leaves, again)
+        self._share(Shares(*state["shares"]))
         load_moments(self.optimizer, self.parameters, state["moments"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
