@@ -49,7 +49,8 @@ from reroll.engine.base import Stats
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.evaluate import evaluate
 from reroll.order import stream
-from reroll.rollout.collect import Collected, CollectSpec, collect
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import Collected, CollectSpec
 from reroll.rollout.decisions import Decisions
 from reroll.rollout.reuse import Reuse
 from reroll.rundir import RunDir

@@ -44,7 +44,8 @@ from bench.reuse import (
 from reroll.config import AlgoSection, TrainSection, load_config
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.order import stream
-from reroll.rollout.collect import CollectSpec, collect
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import CollectSpec
 from reroll.rollout.decisions import Decisions
 from reroll.rundir import RunDir
 from reroll.setup import Parts as RunParts

@@ -126,7 +126,7 @@ def records(run: Path) -> list[dict[str, Any]]:
         {
             key: value
             for key, value in json.loads(line).items()
-            if not key.startswith(("seconds", "tokens_per_second"))
+            if not key.startswith(("seconds", "tokens_per_second", "goodput", "bubble"))
         }
         for line in lines
     ]
@@ -172,7 +172,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert max(checkpoints(run / "checkpoints")) == max(checkpoints(other / "checkpoints"))
     ours, theirs = state_of(run), state_of(other)
-    for key in ("trainer", "cursor"):
+    for key in ("trainer", "under_way"):
         assert ours[key] == theirs[key]
     for kind in ("tokens", "flops"):
         assert ours["ledger"][kind] == theirs["ledger"][kind]

@@ -27,7 +27,8 @@ from reroll.config import Config, ReuseSection, load_config
 from reroll.engine.costs import TYPICAL
 from reroll.engine.local import LocalEngine
 from reroll.loop import train
-from reroll.rollout.collect import CollectSpec, collect
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import CollectSpec
 from reroll.rollout.reuse import Reuse
 from reroll.rollout.store import Store
 from reroll.rundir import RunDir

@@ -360,14 +360,27 @@ THE_REST = {
     "reuse.stagger": "true",
     "reuse.refresh": "trained",
     "reuse.max_age": "3",
+    "schedule.kind": "sorted",
+    "schedule.mode": "on_policy",
+    "schedule.batches": "3",
+    "schedule.refill": "false",
+    "schedule.held": "true",
 }
-CUT = {"reuse.on": "true", "reuse.rule": "lenient", "reuse.cut": "random"}
+CUT = {
+    "reuse.on": "true",
+    "reuse.rule": "lenient",
+    "reuse.cut": "random",
+    "schedule.kind": "async",
+    "schedule.max_lag": "2",
+    "schedule.keep_cache": "true",
+}
+RACE = {"schedule.kind": "april", "schedule.over": "1.5"}
 """what does not go together with the above, nor with each other"""
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
     configs = [load_config(write(tmp_path, EVERYTHING))]
-    configs += [load_config(None, flags) for flags in (THE_REST, CUT)]
+    configs += [load_config(None, flags) for flags in (THE_REST, CUT, RACE)]
     changed = {line.partition(":")[0] for c in configs for line in differences(Config(), c)}
     assert changed == {key for key, _ in settings(Config())}
     for each in (*configs, Config()):

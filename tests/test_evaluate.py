@@ -8,7 +8,7 @@ from reroll.algo.passk import bootstrap_interval
 from reroll.config import EvalSection
 from reroll.engine.local import LocalEngine
 from reroll.evaluate import evaluate
-from reroll.rollout.collect import Collected, CollectSpec
+from reroll.rollout.collected import Collected, CollectSpec
 from reroll.types import Completion, Finish, Group, Prompt, Purpose, Rollout, Sampling
 from tests.rollout.stub import StubGraders, spell
 from tests.tiny import tiny

@@ -96,7 +96,8 @@ def test_a_run_writes_what_it_promises(
         "truncated", "stopped", "ungraded", "entropy", "loss", "grad_norm", "clip_fraction",
         "approx_kl", "skipped_steps", "live_groups", "small_groups", "offpolicy_tokens",
         "tokens_trained", "tree_tokens_ratio", "learning_rate",
-        "seconds_rollout", "tokens_per_second",
+        "seconds_rollout", "tokens_per_second", "goodput", "bubble", "waste", "reprefill",
+        "length_bias", "wait", "wait_max", "restarts", "lag_max", "versions_max",
         *(f"{k}_{c}" for k in ("tokens", "flops", "seconds") for c in CATEGORIES),
     }  # fmt: skip
     for line in training:

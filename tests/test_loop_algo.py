@@ -21,8 +21,10 @@ from reroll.loop import train
 from reroll.model.flops import cost_model
 from reroll.model.logprobs import token_logprobs
 from reroll.order import stream
-from reroll.rollout.collect import Collected
-from reroll.rollout.refill import has_signal, refill
+from reroll.rollout.buffer import Buffer, Unit
+from reroll.rollout.collect import Collector
+from reroll.rollout.collected import Collected, Progress
+from reroll.rollout.refill import has_signal
 from reroll.rundir import RunDir
 from reroll.setup import prepare
 from reroll.train.checkpoint import checkpoints
@@ -162,12 +164,14 @@ def test_under_dynamic_sampling_they_are_counted_over_all_that_started(
     # last draws of a refill may hold nothing but failures
     every: list[Group] = []
 
-    def watched(*args: Any) -> tuple[Collected, list[Group]]:
-        found = refill(*args)
-        every.extend(found[0].groups)
+    def watched(collector: Collector, progress: Progress | None = None) -> Collected:
+        found = next_batch(collector, progress)
+        if collector.buffer.bound is not None:  # evaluations have none
+            every.extend(found.groups)
         return found
 
-    monkeypatch.setattr(reroll.loop, "refill", watched)
+    next_batch = Collector.next
+    monkeypatch.setattr(Collector, "next", watched)
     fussy = (
         SHORT
         | DAPO
@@ -220,24 +224,26 @@ def test_dynamic_sampling_trains_on_groups_with_signal(
     visits: list[int] = []
     steps: list[tuple[list[Group], list[Group]]] = []
     credited: list[list[Group]] = []
-    collect, credit = reroll.loop.collect, Trainer.credit
+    next_batch, open_unit, credit = Collector.next, Buffer.open, Trainer.credit
 
-    def watched_collect(*args: Any) -> Collected:
-        prompts.extend(args[3])
-        visits.extend(args[4])
-        return collect(*args)
+    def watched_open(buffer: Buffer, prompt: Prompt, visit: int, need: int) -> Unit:
+        if buffer.bound is not None:  # evaluations have none
+            prompts.append(prompt)
+            visits.append(visit)
+        return open_unit(buffer, prompt, visit, need)
 
-    def watched_refill(*args: Any) -> tuple[Collected, list[Group]]:
-        every, live = refill(*args)
-        steps.append((every.groups, live))
-        return every, live
+    def watched_next(collector: Collector, progress: Progress | None = None) -> Collected:
+        found = next_batch(collector, progress)
+        if collector.buffer.bound is not None:
+            steps.append((found.groups, found.trained()))
+        return found
 
     def watched_credit(trainer: Trainer, groups: list[Group]) -> Any:
         credited.append(list(groups))
         return credit(trainer, groups)
 
-    monkeypatch.setattr(reroll.loop, "collect", watched_collect)
-    monkeypatch.setattr(reroll.loop, "refill", watched_refill)
+    monkeypatch.setattr(Buffer, "open", watched_open)
+    monkeypatch.setattr(Collector, "next", watched_next)
     monkeypatch.setattr(Trainer, "credit", watched_credit)
     # long enough for some to stop by themselves, so that groups differ in tokens
     changes = SHORT | DAPO | {"train__steps": 5, "rollout__max_tokens": 12}
@@ -260,7 +266,7 @@ def test_dynamic_sampling_trains_on_groups_with_signal(
         assert line["reward"] == pytest.approx(sum(graded) / len(graded))
         assert [g.prompt for g in every] == prompts[cursor : cursor + len(every)]
         cursor += len(every)
-    assert state_of(run)["cursor"] == cursor > 5 * 3
+    assert state_of(run)["under_way"]["counts"]["cursor"] == cursor > 5 * 3
     assert max(line["groups_started"] for line in lines) <= 4 * 3
     by_groups = [1 - line["groups_trained"] / line["groups_started"] for line in lines]
     assert max(abs(a - line["waste"]) for a, line in zip(by_groups, lines, strict=True)) > 0.01
@@ -284,7 +290,7 @@ def test_a_step_that_finds_no_signal_is_told_and_the_run_goes_on(
         assert (line["groups_started"], line["groups_trained"], line["waste"]) == (7, 0, 1)
         assert line["version"] == line["loss"] == line["grad_norm"] == line["tokens_train"] == 0
         assert line["live_groups"] == line["skipped_steps"] == line["tokens_trained"] == 0
-    assert state_of(run)["cursor"] == 14
+    assert state_of(run)["under_way"]["counts"]["cursor"] == 14
     now, before = load_file(newest(run) / "model.safetensors"), initial()
     assert all(torch.equal(now[key], before[key]) for key in before)
 
@@ -372,7 +378,7 @@ def test_what_the_kinds_of_runs_go_through(whole: Wholes) -> None:
     """The comparisons above would prove little about runs without refills or critics at work."""
     runs = {kind: whole(**SCHEDULES | changes) for kind, (changes, _) in KINDS.items()}
     dynamic = runs["dynamic sampling"]
-    assert state_of(dynamic)["cursor"] > 4 * 3
+    assert state_of(dynamic)["under_way"]["counts"]["cursor"] > 4 * 3
     assert [line["version"] for line in lines_of(dynamic)] == [2, 4, 6, 8]
     own, shared = lines_of(runs["ppo, own trunk"]), lines_of(runs["ppo, shared trunk"])
     # the critic alone: three steps, so that a run started again at 2 has one to go; and one
@@ -404,22 +410,24 @@ def test_stopped_between_two_draws_of_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     changes = SCHEDULES | KINDS["dynamic sampling"][0]
-    steps = []
+    steps: list[list[int]] = []
+    next_batch, admit = Collector.next, Collector._admit
 
-    def stopped(draw: Callable[[int], Collected], wanted: int, bound: float) -> Any:
-        asked = []
+    def watched_next(collector: Collector, progress: Progress | None = None) -> Collected:
+        if collector.buffer.bound is not None:
+            steps.append([])
+        return next_batch(collector, progress)
 
-        def watched(count: int) -> Collected:
-            asked.append(count)
-            if len(steps) == 3 and len(asked) == 2:
+    def stopped(collector: Collector, units: int) -> None:
+        if collector.buffer.bound is not None:
+            steps[-1].append(units)
+            if len(steps) == 3 and len(steps[-1]) == 2:
                 stop()
-            return draw(count)
-
-        steps.append(asked)
-        return refill(watched, wanted, bound)
+        admit(collector, units)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reroll.loop, "refill", stopped)
+        patch.setattr(Collector, "next", watched_next)
+        patch.setattr(Collector, "_admit", stopped)
         if stop is interrupt:
             assert main(project.train(**changes)) == 130
         else:
@@ -428,7 +436,7 @@ def test_stopped_between_two_draws_of_a_step(
     run = project.out / "run"
     assert len(steps) == 3 and len(steps[-1]) == 2
     assert max(checkpoints(run / "checkpoints")) == 2
-    assert state_of(run)["cursor"] == sum(map(sum, steps[:2])) > 2 * 3
+    assert state_of(run)["under_way"]["counts"]["cursor"] == sum(map(sum, steps[:2])) > 2 * 3
     train(project.config(**changes))
     assert_same(run, whole(**changes))
 

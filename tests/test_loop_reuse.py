@@ -22,8 +22,9 @@ from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
 from reroll.loop import train
 from reroll.model.load import load_tokenizer
-from reroll.rollout.collect import NOTHING, Collected, CollectSpec, collect
-from reroll.rollout.decisions import Decisions, Start
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import Collected, CollectSpec
+from reroll.rollout.decisions import NOTHING, Decisions, Start
 from reroll.rollout.reuse import Reuse
 from reroll.rollout.store import Store, prompt_hash
 from reroll.setup import prepare
@@ -349,7 +350,11 @@ def test_dynamic_sampling_refills_the_same(run: Train) -> None:
     assert max(started) > 3
     # groups without signal are remembered too
     assert len(rows(on.path)) == 2 * sum(started) - forgotten(on)
-    assert state_of(on.path)["cursor"] == state_of(off.path)["cursor"] == sum(started)
+    assert (
+        state_of(on.path)["under_way"]["counts"]["cursor"]
+        == state_of(off.path)["under_way"]["counts"]["cursor"]
+        == sum(started)
+    )
 
 
 def forgotten(run: Run) -> int:

@@ -15,13 +15,13 @@ PACKAGE = ROOT / "src" / "reroll"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "config"},
+    {"types", "versions", "errors", "config"},
     {"algo", "tasks", "model"},
     {"engine"},
     {"rollout", "train"},
     {
         "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate",
-        "setup", "summary", "loop", "cli", "__main__",
+        "setup", "scheduling", "occupancy", "summary", "loop", "cli", "__main__",
     },
 ]  # fmt: skip
 """from low to high; a module imports from its own part and from lower layers"""

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from scipy.stats import t as student
 
 from reroll.config import Config, ReuseSection
-from reroll.rollout.collect import CollectSpec, collect
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import CollectSpec
 from reroll.rollout.decisions import Decisions
 from reroll.rollout.reuse import Reuse
 from reroll.setup import Parts

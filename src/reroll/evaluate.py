@@ -11,7 +11,8 @@ from statistics import fmean
 from reroll.algo.passk import bootstrap_interval, majority_at_k, pass_at_k
 from reroll.config import EvalSection
 from reroll.engine.base import Engine
-from reroll.rollout.collect import CollectSpec, Progress, collect
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import CollectSpec, Progress
 from reroll.tasks.pool import GraderPool
 from reroll.types import Finish, Group, Prompt, Purpose, Rollout, Sampling
 

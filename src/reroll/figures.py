@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from reroll.engine.base import Stats
-from reroll.rollout.collect import Collected
+from reroll.rollout.collected import Collected
 from reroll.train.credit import graded
 from reroll.types import Finish, Group
 
@@ -37,7 +37,6 @@ def refill_metrics(collected: Collected, groups: Sequence[Group]) -> dict[str, f
         "groups_trained": float(len(groups)),
         "live_groups": len(groups) / len(collected.groups),
         "small_groups": float(sum(len(graded([group])) < 2 for group in collected.groups)),
-        "waste": 1 - sum(lengths(groups)) / sum(lengths(collected.groups)),
     }
 
 

@@ -21,12 +21,14 @@ from reroll.figures import lengths, refill_metrics, rollout_metrics, samples, sp
 from reroll.interrupt import Interrupts
 from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
-from reroll.order import stream
+from reroll.occupancy import schedule_metrics
 from reroll.plot import plot_run
-from reroll.rollout.collect import NOTHING, Collected, CollectSpec, check_failures, collect
-from reroll.rollout.refill import refill
+from reroll.rollout.collected import Collected, CollectSpec, check_failures
+from reroll.rollout.decisions import NOTHING
 from reroll.rollout.reuse import Reuse
+from reroll.rollout.saved import restore, snapshot
 from reroll.rundir import RunDir
+from reroll.scheduling import apart, make_collector
 from reroll.setup import Parts, open_reuse, prepare
 from reroll.train import checkpoint
 from reroll.train.trainer import Diverged
@@ -73,8 +75,8 @@ class _Run:
         self.ledger = Ledger()
         self.done = 0
         """steps that are whole: trained and logged"""
-        self.cursor = 0
-        """place in the stream of prompts after these steps"""
+        self.under_way: dict[str, Any] = {}
+        """what the collector has after these steps"""
         self.held_out: float | None = None
         self.counted: dict[str, Any] = {}
         """the engine's counts after these steps and their evaluations"""
@@ -85,7 +87,10 @@ class _Run:
             replace(parts.sampling, temperature=config.rollout.temperature),
             config.rollout.truncated,
             config.rollout.penalty,
+            apart=apart(config),
+            held=config.schedule.held,
         )
+        self.collector = make_collector(config, parts, self.spec, self.decisions)
         self.audit = Audit(config, self.spec, reuse) if reuse else None
 
     def go(self, start: int | None) -> None:
@@ -93,6 +98,7 @@ class _Run:
         config = self.config
         self._greet(start)
         self.done, self.counted = start or 0, self.parts.engine.state()
+        self.under_way = snapshot(self.collector.buffer)
         # an interrupt may have come between a step and its evaluation
         evaluated = {r["step"] for r in self.run.records() if r["kind"] == "eval"}
         try:
@@ -102,7 +108,7 @@ class _Run:
                 self._step(self.done + 1)
                 if self._evaluation_due():
                     self._evaluate(self.done)
-                if self.done == config.train.steps or self.done % config.checkpoint.every == 0:
+                if self._checkpoint_due():
                     self._save()
         except KeyboardInterrupt:
             self._save()
@@ -118,6 +124,10 @@ class _Run:
         ends = self.done in (0, self.config.train.steps)
         return ends or (every > 0 and self.done % every == 0)
 
+    def _checkpoint_due(self) -> bool:
+        config, done = self.config, self.done
+        return done == config.train.steps or done % config.checkpoint.every == 0
+
     def _greet(self, start: int | None) -> None:
         for note in self.parts.notes:
             self.display.say(note)
@@ -125,7 +135,7 @@ class _Run:
             state = self.parts.restored
             self.ledger = Ledger(**state["ledger"])
             self.held_out = state["held_out_reward"]
-            self.cursor = state["cursor"]
+            restore(self.collector, state["under_way"], self.parts.task.train)
             self.parts.engine.load_state(state["engine"])
             self.display.say(f"going on from step {start} of {self.run.path}")
             if self.reuse is not None:
@@ -138,10 +148,16 @@ class _Run:
         """One batch of rollouts and its optimizer steps; a line in metrics.jsonl."""
         parts, ledger, before = self.parts, self.ledger, self.ledger.copy()
         stats = deepcopy(parts.engine.stats())
+        epoch = self.collector.buffer.cursor // len(parts.task.train)
         started = time.perf_counter()
-        collected, groups, cursor = self._collect()
+        collected = self.collector.next(self.display.rollouts)
+        check_failures(collected, self.config.grading.max_failures)
+        groups = collected.trained()
         rollout_seconds = time.perf_counter() - started
         metrics = rollout_metrics(collected)
+        metrics |= schedule_metrics(
+            collected, stats, parts.engine.stats(), rollout_seconds, parts.engine.policy_version
+        )
         if self.reuse is not None:
             metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
             metrics |= speculation_metrics(stats, parts.engine.stats())
@@ -155,36 +171,17 @@ class _Run:
             metrics |= ledger.since(before).metrics()
             if self.config.algo.dynamic_sampling:
                 metrics |= refill_metrics(collected, groups)
-            metrics["epoch"] = self.cursor // len(parts.task.train)
+            metrics["epoch"] = epoch
             metrics["version"] = parts.trainer.version
             metrics["seconds_rollout"] = rollout_seconds
             metrics["tokens_per_second"] = sum(lengths(collected.groups)) / rollout_seconds
             self.run.log({"kind": "train", "step": step, **metrics})
             self.run.sample(samples(step, collected.groups, self.config.log.samples))
-            self.done, self.cursor, self.counted = step, cursor, parts.engine.state()
+            self.done, self.counted = step, parts.engine.state()
+            if self._evaluation_due() or self._checkpoint_due():
+                self.collector.park()
+            self.under_way = snapshot(self.collector.buffer)
         self._report(step, metrics, collected)
-
-    def _collect(self) -> tuple[Collected, list[Group], int]:
-        """(what was collected, the groups to train on, the cursor after them)."""
-        config, parts, cursor = self.config, self.parts, self.cursor
-
-        def draw(count: int) -> Collected:
-            nonlocal cursor
-            prompts, visits = stream(cursor, count, parts.task.train, config.run.seed)
-            cursor += count
-            progress = self.display.rollouts
-            return collect(
-                parts.engine, parts.graders, parts.decode, prompts, visits, self.spec, progress,
-                self.decisions,
-            )  # fmt: skip
-
-        if config.algo.dynamic_sampling:
-            collected, groups = refill(draw, config.rollout.prompts, config.algo.generation_bound)
-        else:
-            collected = draw(config.rollout.prompts)
-            groups = collected.groups
-        check_failures(collected, config.grading.max_failures)
-        return collected, groups, cursor
 
     def _train(self, groups: list[Group], step: int, collected: Collected) -> dict[str, float]:
         """Credit and optimizer steps; the store gets what was collected."""
@@ -199,7 +196,7 @@ class _Run:
         if self.reuse is not None:
             live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
             self.reuse.remember(collected.groups, step, parts.engine.policy_version, live)
-        parts.engine.load_weights(trainer.version)
+        parts.engine.load_weights(trainer.version, keep=self.config.schedule.keep_cache)
         ledger.seconds["sync"] += time.perf_counter() - started
         return scored | trained
 
@@ -263,8 +260,8 @@ class _Run:
         state = {
             "ledger": asdict(self.ledger),
             "held_out_reward": self.held_out,
-            "cursor": self.cursor,
             "engine": self.counted,
+            "under_way": self.under_way,
         }
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)

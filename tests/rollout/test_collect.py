@@ -7,7 +7,8 @@ import pytest
 from reroll.algo.noise import make_key
 from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
-from reroll.rollout.collect import Collected, CollectSpec, check_failures, collect, settle
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import Collected, CollectSpec, check_failures, settle
 from reroll.types import Completion, Finish, Prompt, Purpose, Request, Rollout, Sampling
 from tests.rollout.stub import StubGraders, spell
 from tests.tiny import VOCABULARY, tiny

@@ -7,8 +7,10 @@ import pytest
 
 from reroll.algo.noise import make_key
 from reroll.engine.local import LocalEngine
-from reroll.rollout.collect import NOTHING, Collected, CollectSpec, collect
+from reroll.rollout.collect import collect
+from reroll.rollout.collected import Collected, CollectSpec
 from reroll.rollout.decisions import (
+    NOTHING,
     Decisions,
     Graded,
     Start,

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reroll.rollout.collect import Collected
-from reroll.rollout.refill import has_signal, refill
+from reroll.rollout.buffer import Buffer
+from reroll.rollout.collected import Collected
+from reroll.rollout.policies import sync
+from reroll.rollout.refill import has_signal
 from reroll.types import Group, Prompt, Rollout
 
 Rewards = Sequence[float | None]
@@ -43,6 +45,24 @@ class Prompts:
             first_failure=f"in draw {len(self.asked)}" if ungraded else "",
             seconds_grading=0.5 * count,
         )
+
+
+def refill(draw: Prompts, wanted: int, bound: float) -> tuple[Collected, list[Group]]:
+    """A batch under `sync`, with everything drawn ended at once."""
+    buffer, schedule = Buffer(wanted, 1, 1, bound), sync()
+    every: list[Collected] = []
+    while True:
+        if count := schedule.admit(buffer):
+            every.append(draw(count))
+            for found in every[-1].groups:
+                unit = buffer.open(found.prompt, 0, 1)
+                buffer.ready.append(unit)
+                if not has_signal(found):
+                    buffer.set_aside(unit)
+        elif (units := schedule.harvest(buffer)) is not None:
+            groups = [group for one in every for group in one.groups]
+            live = {unit.prompt.row for unit in units}
+            return Collected(groups), [g for g in groups if g.prompt.row in live]
 
 
 def rows(groups: Sequence[Group]) -> list[int]:
@@ -127,18 +147,6 @@ def test_at_the_bound_the_batch_is_what_there_is() -> None:
     assert draw.asked == [4, 4]
     assert len(every.groups) == 8
     assert rows(live) == [1, 4]
-
-
-def test_counts_of_all_draws_are_added_up() -> None:
-    draw = Prompts(LIVE, DEAD, (1.0, None), (None, None), DEAD, beyond=LIVE)
-    every, live = refill(draw, 2, 10.0)
-    assert draw.asked == [2, 2, 4]
-    assert rows(live) == [0, 5, 6, 7]
-    assert (every.ungraded, every.truncated, every.seconds_grading) == (3, 8, 4.0)
-    assert every.first_failure == "in draw 2"  # the first there was
-    later = Prompts((None, 0.0), DEAD, (0.0, None), beyond=LIVE)
-    assert refill(later, 2, 10.0)[0].first_failure == "in draw 1"
-    assert refill(Prompts(beyond=LIVE), 2, 10.0)[0].first_failure == ""
 
 
 REWARDS = st.lists(st.sampled_from([None, 0.0, 0.5, 1.0]), min_size=1, max_size=4)

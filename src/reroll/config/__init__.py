@@ -11,6 +11,7 @@ from reroll.config.algo import (
 )
 from reroll.config.load import Config, describe, differences, load_config, save_config, settings
 from reroll.config.reuse import ReuseSection, StoreSection
+from reroll.config.schedule import ScheduleSection
 from reroll.config.sections import (
     CheckpointSection,
     EngineSection,
@@ -43,6 +44,7 @@ __all__ = [
     "ReuseSection",
     "RolloutSection",
     "RunSection",
+    "ScheduleSection",
     "Section",
     "StoreSection",
     "TaskSection",

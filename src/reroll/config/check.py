@@ -7,6 +7,7 @@ key to change.
 from typing import TYPE_CHECKING
 
 from reroll.config.algo import ALGORITHMS, GROUP_ADVANTAGES, AlgoSection, CriticSection
+from reroll.config.schedule import OVER, STALE, WHOLE
 
 if TYPE_CHECKING:
     from reroll.config.load import Config
@@ -14,7 +15,18 @@ if TYPE_CHECKING:
 
 def contradiction(config: "Config") -> str | None:
     """The first contradiction as one line, or None."""
-    for find in (_groups, _batch, _critic, _kl, _ratio, _length, _without_effect, _cap, _reuse):
+    for find in (
+        _groups,
+        _batch,
+        _critic,
+        _kl,
+        _ratio,
+        _length,
+        _without_effect,
+        _cap,
+        _reuse,
+        _schedule,
+    ):
         if text := find(config):
             return text
     return None
@@ -171,6 +183,39 @@ def _cap(config: "Config") -> str | None:
     return None
 
 
+def _schedule(config: "Config") -> str | None:
+    schedule, apart = config.schedule, config.algo.advantage not in GROUP_ADVANTAGES
+    if schedule.kind == "sorted" and schedule.batches > schedule.max_lag + 1:
+        return (
+            f"schedule.batches = {schedule.batches}: the last of them would wait for "
+            f"{schedule.batches - 1} updates, more than schedule.max_lag = {schedule.max_lag}; "
+            "lower the one or raise the other"
+        )
+    if schedule.kind == "april" and schedule.over > schedule.max_lag + 1:
+        return (
+            f"schedule.over = {schedule.over}: not all of that can be trained on within "
+            f"schedule.max_lag = {schedule.max_lag} updates; lower the one or raise the other"
+        )
+    if schedule.stale and config.algo.ratio != "token" and config.correct.mode != "decoupled":
+        return (
+            f"algo.ratio = {config.algo.ratio!r}: with schedule.kind = {schedule.kind!r} a reply "
+            "holds tokens of several policy versions, over which one ratio of the whole reply "
+            "means nothing; set correct.mode = 'decoupled', or algo.ratio = 'token'"
+        )
+    if apart and config.algo.dynamic_sampling and schedule.kind not in WHOLE:
+        return (
+            "algo.dynamic_sampling = true: it looks for groups of unequal rewards, and with "
+            f"schedule.kind = {schedule.kind!r} and algo.advantage = {config.algo.advantage!r} a "
+            "batch is made of single rollouts; set one of the three otherwise"
+        )
+    if schedule.kind == "tail_batch" and apart:
+        return (
+            "schedule.kind = 'tail_batch': it races the samples of a group, and algo.advantage = "
+            f"{config.algo.advantage!r} has no groups; use 'sorted' or 'april'"
+        )
+    return None
+
+
 def _at_odds(algo: AlgoSection, key: str, other: str) -> str:
     """How to begin on two settings at odds: with `other` where algo.name filled in `key`."""
     value = getattr(algo, key)
@@ -205,6 +250,11 @@ _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (
     *(("reuse", key, "rule", ("fresh", "held")) for key in ("rollouts", "gate", "window")),
     *(("reuse", key, "rule", ("lenient",)) for key in ("lenience", "anchor", "cut", "delay")),
     ("reuse", "lenience", "cut", ("ratio",)),
+    *(("schedule", key, "kind", ("sorted",)) for key in ("batches", "mode", "refill", "held")),
+    ("schedule", "held", "mode", ("on_policy",)),
+    ("schedule", "over", "kind", tuple(OVER)),
+    ("schedule", "max_lag", "kind", STALE),
+    ("schedule", "keep_cache", "kind", ("async",)),
     ("lora", "alpha", "rank", ()),
     ("lora", "targets", "rank", ()),
 )

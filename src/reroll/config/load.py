@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError, model_validator
@@ -22,6 +22,7 @@ from reroll.config.algo import (
 )
 from reroll.config.check import contradiction
 from reroll.config.reuse import ReuseSection, StoreSection
+from reroll.config.schedule import ScheduleSection
 from reroll.config.sections import (
     CheckpointSection,
     EngineSection,
@@ -36,6 +37,8 @@ from reroll.config.sections import (
 )
 from reroll.errors import UserError
 
+S = TypeVar("S", bound=Section)
+
 
 class Config(Section):
     """A whole run."""
@@ -46,6 +49,7 @@ class Config(Section):
     grading: GradingSection = GradingSection()
     rollout: RolloutSection = RolloutSection()
     engine: EngineSection = EngineSection()
+    schedule: ScheduleSection = ScheduleSection()
     reuse: ReuseSection = ReuseSection()
     store: StoreSection = StoreSection()
     algo: AlgoSection = AlgoSection()
@@ -69,6 +73,16 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
 
     Raises UserError for a missing or malformed file, unknown keys, wrong types and ranges.
     """
+    return load_settings(Config, path, overrides)
+
+
+def load_settings(
+    kind: type[S],
+    path: str | Path | None,
+    overrides: dict[str, str] | None = None,
+    command: str = "reroll train",
+) -> S:
+    """The same for any group of settings. command: whose `--help` lists them."""
     name, values = str(path or "defaults"), {}
     if path is not None:
         try:
@@ -77,12 +91,13 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
             raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
+    known = _Known(kind, command)
     for key, text in (overrides or {}).items():
-        _set(values, key, _parse(key, text), flag=f"--{key}")
+        _set(values, key, _parse(key, text, known), known)
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, name, set(overrides or {}))) from None
+        raise UserError(_explain(error, name, set(overrides or {}), known)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -105,17 +120,17 @@ def settings(config: Config) -> Iterator[tuple[str, Any]]:
             yield f"{section}.{key}", value
 
 
-def describe() -> Iterator[tuple[str, str, str, str]]:
+def describe(kind: type[Section] = Config) -> Iterator[tuple[str, str, str, str]]:
     """(`section.key`, type, default, description) of every setting, for `--help`."""
-    for section, outer in Config.model_fields.items():
-        for key, inner in outer.annotation.model_fields.items():  # type: ignore[union-attr]
-            default = inner.get_default(call_default_factory=True)
-            yield (
-                f"{section}.{key}",
-                _choices(inner.annotation) or type(default).__name__,
-                repr(default),
-                inner.description or "",
-            )
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            for key, *rest in describe(inner):
+                yield f"{name}.{key}", rest[0], rest[1], rest[2]
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = _choices(inner) or type(default).__name__
+        yield name, shown, repr(default), field.description or ""
 
 
 def _choices(annotation: Any) -> str:
@@ -127,29 +142,53 @@ def _choices(annotation: Any) -> str:
     return "|".join(_choices(kind) or kind.__name__ for kind in get_args(annotation))
 
 
-def _parse(key: str, text: str) -> Any:
+class _Known:
+    """The keys that there are."""
+
+    def __init__(self, kind: type[Section], command: str) -> None:
+        rows = list(describe(kind))
+        self.texts = {key for key, type_, *_ in rows if type_ == "str"}
+        self.keys = [key for key, *_ in rows]
+        self.flat = not any("." in key for key in self.keys)
+        self.names = self.keys + ([] if self.flat else list(kind.model_fields))
+        self.command = command
+
+    def nearest(self, key: str) -> str:
+        """A remedy for a key that is not there."""
+        close = difflib.get_close_matches(key, self.names, n=1, cutoff=0.5)
+        if not close:
+            tails = {name.partition(".")[2]: name for name in self.names}
+            last = key.rpartition(".")[2]
+            close = [
+                tails[t] for t in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
+            ]
+        return (
+            f"; did you mean {close[0]}?" if close else f"; `{self.command} --help` lists them all"
+        )
+
+
+def _parse(key: str, text: str, known: _Known) -> Any:
     """A flag's text as TOML would read it; as it stands if that is no value, or text is wanted."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    is_text = any(name == key and kind == "str" for name, kind, *_ in describe())
-    return value if isinstance(value, str) or not is_text else text
+    return value if isinstance(value, str) or key not in known.texts else text
 
 
-def _set(values: dict[str, Any], key: str, value: Any, flag: str) -> None:
+def _set(values: dict[str, Any], key: str, value: Any, known: _Known) -> None:
     *path, last = key.split(".")
-    if not path:
-        raise UserError(f"{flag}: settings are --section.key value{_nearest(key, _all_keys())}")
+    if not path and not known.flat:
+        raise UserError(f"--{key}: settings are --section.key value{known.nearest(key)}")
     table, place = values, ""
     for part in path:
         table, place = table.setdefault(part, {}), f"{place}{part}."
         if not isinstance(table, dict):
-            raise UserError(f"{flag}: {place[:-1]} = {table!r} is not a table")
+            raise UserError(f"--{key}: {place[:-1]} = {table!r} is not a table")
     table[last] = value
 
 
-def _explain(error: ValidationError, name: str, flags: set[str]) -> str:
+def _explain(error: ValidationError, name: str, flags: set[str], known: _Known) -> str:
     """The first mistake as one line: file or flag, key, value, remedy."""
     first, *others = error.errors()
     place = first["loc"]
@@ -164,7 +203,7 @@ def _explain(error: ValidationError, name: str, flags: set[str]) -> str:
     flag = next((f for f in sorted(flags) if _overlap(f, key)), None)
     where = f"--{flag}" if flag else f"{name}: {key}"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown setting{_nearest(flag or key, _all_keys())}"
+        return f"{where}: unknown setting{known.nearest(flag or key)}"
     return f"{where} = {first['input']!r}: {text}"
 
 
@@ -175,18 +214,3 @@ def _message(error: Any) -> str:
 def _overlap(one: str, other: str) -> bool:
     """Whether a dotted key is another one, or stands inside or around it."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
-
-
-def _all_keys() -> list[str]:
-    return [key for key, *_ in describe()] + list(Config.model_fields)
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not close:
-        tails = {name.partition(".")[2]: name for name in known}
-        close = [
-            tails[t]
-            for t in difflib.get_close_matches(key.rpartition(".")[2], list(tails), n=1, cutoff=0.6)
-        ]
-    return f"; did you mean {close[0]}?" if close else "; `reroll train --help` lists them all"

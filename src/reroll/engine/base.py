@@ -8,7 +8,7 @@ the batch, the slot, the order, interruptions or drafts.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +34,14 @@ class Probed:
 
 
 Event = Finished | Probed
+
+
+class Span(NamedTuple):
+    """A request's stay in a slot, in seconds of engine time."""
+
+    request_id: int
+    begin: float
+    end: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +85,25 @@ class Stats:
         default_factory=lambda: {"prefill": 0, "verify": 0, "decode": 0}
     )
     """sum over those tokens of the tokens each attended to, by category (for FLOPs)"""
+    tokens_resumed: int = 0
+    """of the prefilled: drawn before an interruption"""
+    slot_seconds: float = 0.0
+    """sum over time of the slots in use: `capacity` times all seconds with none idle"""
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
     """prefill includes verification: they share forwards"""
+
+    @property
+    def clock(self) -> float:
+        """Seconds of engine time."""
+        return sum(self.seconds.values())
 
 
 class Engine(Protocol):
     """What `rollout/collect.py` needs of an engine."""
 
     policy_version: int
+    spans: list[Span] | None
+    """a list, if set, gets every request's stay in a slot when it leaves"""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -109,8 +128,12 @@ class Engine(Protocol):
         """Tempered log-probs of each (context, continuation)'s continuation tokens."""
         ...
 
-    def load_weights(self, version: int) -> None:
-        """Take the trainer's weights as policy `version`. Raises ValueError if requests run."""
+    def load_weights(self, version: int, keep: bool = False) -> None:
+        """Take the trainer's weights as policy `version`.
+
+        keep: requests inside go on with keys and values of the old weights. Raises ValueError if
+        there are any without it.
+        """
         ...
 
     def stats(self) -> Stats:

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import PreTrainedModel
 
-from reroll.engine.base import Capabilities, Event, Finished, Stats
+from reroll.engine.base import Capabilities, Event, Finished, Span, Stats
 from reroll.engine.costs import CHUNKS, TYPICAL, Costs, Pace
 from reroll.engine.decode import Decoder
 from reroll.engine.follow import count_follow
@@ -67,8 +67,10 @@ class LocalEngine:
         self.speculation = speculation or Speculation()
         self.costs = costs
         self.follow, self.rates, self.pace = count_follow(), count_rates(), Pace()
+        self._counts = {"follow": self.follow, "rates": self.rates, "pace": self.pace}
         assert self.speculation.redraft in CHUNKS
         self.policy_version = 0
+        self.spans: list[Span] | None = None
         self.prefill_tokens, self.prefill_rows = prefill_tokens, prefill_rows
         with self.runner.inference():
             shapes = layer_shapes(self.runner.prefill([[0]], [1], hidden=False).cache)
@@ -158,20 +160,20 @@ class LocalEngine:
             ).logprobs
         return [part.tolist() for part in packed.split([len(c) for _, c in sequences])]
 
-    def load_weights(self, version: int) -> None:
+    def load_weights(self, version: int, keep: bool = False) -> None:
         """The trainer has updated the shared module: what is drawn from now on is `version`."""
-        if self._running or self._ready or self._waiting:
+        if not keep and (self._running or self._ready or self._waiting):
             raise ValueError(
                 "weights may not change while requests are in the engine: abort them first"
             )
         self.policy_version = version
-        for counts in (self.follow, self.rates, self.pace):
-            counts.decay()
+        for one in self._counts.values():
+            one.decay()
 
     def stats(self) -> Stats:
         """Live counters."""
-        self._stats.running = len(self._running)
-        self._stats.waiting = len(self._waiting) + len(self._ready)
+        waiting = len(self._waiting) + len(self._ready)
+        self._stats.running, self._stats.waiting = len(self._running), waiting
         return self._stats
 
     def measure(self) -> Costs:
@@ -182,17 +184,15 @@ class LocalEngine:
 
     def state(self) -> dict[str, Any]:
         """What has been counted to choose drafts by, for a checkpoint."""
-        counts = {"follow": self.follow, "rates": self.rates, "pace": self.pace}
-        return {name: one.state() for name, one in counts.items()}
+        return {name: one.state() for name, one in self._counts.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
-        self.follow.load_state(state["follow"])
-        self.rates.load_state(state["rates"])
-        self.pace.load_state(state["pace"])
+        for name, one in self._counts.items():
+            one.load_state(state[name])
 
     def check(self) -> None:
-        """Integrity: slots, lengths and streams agree. For tests and debugging."""
+        """Integrity: slots, lengths and streams agree."""
         assert len(self._running) <= self.cache.slots
         for sequence in [*self._running, *self._ready]:
             sequence.check()
@@ -220,9 +220,10 @@ class LocalEngine:
         rows = next_rows(self._waiting, plan, self.prefill_rows, room)
         sequences = [sequence for row in rows for sequence in row.sequences]
         drawn = -sum(len(s.completion.token_ids) for s in sequences)
+        self._stats.tokens_resumed += sum(s.resumed for s in sequences)
         reused = -sum(s.completion.walked for s in sequences)
-        events: list[Event] = []
-        events += prefill(self.runner, rows, self.policy_version, plan, self._stats)
+        version = self.policy_version
+        events: list[Event] = [*prefill(self.runner, rows, version, plan, self._stats)]
         for sequence in sequences:
             drawn += len(sequence.completion.token_ids)
             reused += sequence.completion.walked
@@ -233,11 +234,17 @@ class LocalEngine:
         self._ready.sort(key=Running.expected_left, reverse=True)
         self._stats.tokens_drawn += drawn
         self._stats.tokens_reused += reused
-        self._stats.seconds["prefill"] += time.perf_counter() - started
+        self._pass("prefill", started, len(self._running))
         return events
 
+    def _pass(self, what: str, started: float, running: int) -> None:
+        """Book the seconds since `started`, with so many slots in use."""
+        seconds = time.perf_counter() - started
+        self._stats.seconds[what] += seconds
+        self._stats.slot_seconds += seconds * running
+
     def _share(self, events: Sequence[Event]) -> None:
-        """Offer what has finished to the group's members that have not."""
+        """Offer what has finished to the rest of its group."""
         for event in events:
             if isinstance(event, Finished):
                 texts, prefix = self._owners.pop(event.completion.request_id)
@@ -257,13 +264,16 @@ class LocalEngine:
         rows, columns = [s.source[1] for s in batch], [s.source[2] for s in batch]
         self.cache.load(len(self._running), cache, rows, columns)
         for sequence in batch:
-            sequence.source = None
+            sequence.source, sequence.began = None, self._stats.clock
         self._running += batch
         self._decoder.changed = True
 
     def _vacate(self, ids: set[int]) -> None:
         """Take sequences out of their slots and close the holes from the back."""
         running = self._running
+        if self.spans is not None:
+            now, gone = self._stats.clock, (s for s in running if s.request.id in ids)
+            self.spans += [Span(s.request.id, s.began, now) for s in gone]
         slot = 0
         while slot < len(running):
             if running[slot].request.id not in ids:
@@ -277,18 +287,14 @@ class LocalEngine:
                 running[slot] = last
         self._decoder.changed = self._decoder.changed or bool(ids)
 
-    # --- decode ---------------------------------------------------------------------------------
-
     def _decode(self) -> list[Event]:
         """One tick for every running sequence."""
-        started = time.perf_counter()
-        events: list[Event] = []
-        events += self._decoder.tick(
-            self._running, self.policy_version, self.speculation.redraft, self.costs
-        )
+        started, running = time.perf_counter(), len(self._running)
+        chunk, version = self.speculation.redraft, self.policy_version
+        events: list[Event] = [*self._decoder.tick(self._running, version, chunk, self.costs)]
+        self._pass("decode", started, running)
         done = [sequence for sequence in self._running if sequence.finished]
         if done:
             self._vacate({sequence.request.id for sequence in done})
             events += [Finished(sequence.completion) for sequence in done]
-        self._stats.seconds["decode"] += time.perf_counter() - started
         return events

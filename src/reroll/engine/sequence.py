@@ -5,6 +5,7 @@ prompt | completion so far        | last     after: `length` tokens have keys an
                                              last drawn token has none until the next tick
 """
 
+import math
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -33,6 +34,8 @@ class Sequence:
     text: int = -1
     """which text of its row's tree is its own draft (under lenience)"""
     finished: bool = False
+    began: float = 0.0
+    """engine's seconds when it got its slot"""
     _given: tuple[int, ...] = field(default=())
 
     @classmethod
@@ -46,6 +49,11 @@ class Sequence:
     def done(self) -> int:
         """Completion tokens after the prefix."""
         return len(self.completion.token_ids) - len(self.request.prefix_ids)
+
+    @property
+    def resumed(self) -> int:
+        """Of these, what was drawn before an interruption."""
+        return self.done if self.request.partial else 0
 
     def given_tokens(self) -> tuple[int, ...]:
         """Prompt, prefix and resumed tokens."""
@@ -144,7 +152,10 @@ class Sequence:
         ]
 
     def expected_left(self) -> float:
-        """Tokens still to come, by the mean length of earlier texts; unknown: up to the limit."""
+        """Tokens still to come, by the mean length of earlier texts; unknown: up to the limit. What
+        was interrupted goes first: it was long, and its tokens grow old."""
+        if self.request.partial is not None:
+            return math.inf
         sampling = self.request.sampling
         mean = self.texts.mean_length()
         return (sampling.max_tokens if mean is None else mean) - self.done

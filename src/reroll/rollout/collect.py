@@ -1,66 +1,279 @@
 """Collect: prompts in, graded groups out. Read this file first.
 
-One collect starts every rollout of a batch of prompts, steps the engine until all have ended,
-hands each to the graders the moment it ends (they work in other processes, the engine never waits
-for them) and gives back whole groups in the order of the prompts. This is the synchronous
-schedule: everything started is finished, nothing is stale. What changes which tokens are sampled
-or trained never reads the clock, so a run can be repeated and resumed.
+A `Collector` takes prompts in, steps the engine, hands each rollout to the graders the moment it
+ends (they work in other processes, the engine never waits for them) and gives back a batch when its
+schedule says that one is due. It owns what is under way: what a batch leaves unfinished is kept,
+with its tokens or without, for the next one (`rollout/buffer.py`). When prompts come in, in what
+order rollouts run, when a batch is due and what becomes of the rest are four functions
+(`rollout/policies.py`); under the null schedule everything started is finished and nothing is
+stale. What changes which tokens are sampled or trained never reads the clock, so a run can be
+repeated and resumed.
 """
 
 import math
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from reroll.algo.noise import make_key
 from reroll.engine.base import Engine, Finished
-from reroll.errors import UserError
-from reroll.rollout.decisions import Decisions, Start
-from reroll.tasks.pool import Grade, GradeJob, GraderPool
-from reroll.types import Finish, Group, Prompt, Purpose, Request, Rollout, Sampling
+from reroll.rollout.buffer import Buffer, Member, State, Unit
+from reroll.rollout.collected import (
+    Collected,
+    CollectSpec,
+    Graders,
+    Progress,
+    finish,
+    grade_job,
+    groups_of,
+)
+from reroll.rollout.decisions import NOTHING, Decisions, Start
+from reroll.rollout.policies import Fate, Schedule, fifo, sample_by_sample, sync
+from reroll.rollout.refill import has_signal
+from reroll.tasks.pool import Grade
+from reroll.types import (
+    Completion,
+    Draft,
+    Prompt,
+    Request,
+    Rollout,
+)
 
-Progress = Callable[[int, int], None]
-"""called with (rollouts finished, rollouts in all) after each tick that finished some"""
+Source = Callable[[int, int], tuple[Sequence[Prompt], Sequence[int]]]
+"""(place in the stream, count) -> (prompts, visits); fewer where the stream ends"""
+
+RESTART = 1 << 32
+"""added to a rollout's visit in its noise key at each fresh start, far above any epoch"""
 
 
-NOTHING = Decisions()
-"""no technique decides anything"""
+class Collector:
+    """Owns the rollouts under way; shares engine and graders with nobody while it collects.
 
+    source: the stream of prompts. decode: token ids to text, special tokens left out. decisions: of
+    the techniques.
+    """
 
-@dataclass(frozen=True, slots=True)
-class CollectSpec:
-    """What one collect samples and how it treats the results."""
+    def __init__(
+        self,
+        engine: Engine,
+        graders: Graders,
+        decode: Callable[[list[int]], str],
+        source: Source,
+        spec: CollectSpec,
+        schedule: Schedule,
+        buffer: Buffer,
+        decisions: Decisions = NOTHING,
+    ) -> None:
+        self.engine, self.graders, self.decode, self.source = engine, graders, decode, source
+        self.spec, self.schedule, self.buffer, self.decisions = spec, schedule, buffer, decisions
+        staggers = decisions.stagger and schedule.order is fifo
+        self.order = sample_by_sample if staggers else schedule.order
+        self._graded: dict[int, Rollout] = {}
+        """rollouts whose grades have been asked for, by request id"""
+        self._collected = Collected([])
+        self._ended = 0
 
-    purpose: Purpose
-    seed: int
-    """seed of the run, part of every noise key"""
-    samples: int
-    """rollouts of each prompt"""
-    sampling: Sampling
-    truncated: str = "keep"
-    """keep, mask, zero or penalty: what a completion cut by its limit earns (see `settle`)"""
-    penalty: float = 0.0
-    label: str = ""
-    """names the collect to the graders (recorded time-outs go by it); empty: the purpose"""
+    def next(self, progress: Progress | None = None) -> Collected:
+        """The next batch. What it left over is out of the engine, so weights may change, unless
+        the schedule leaves it in.
 
+        Ungraded rollouts are counted; `check_failures` says when there are too many.
+        """
+        assert not self.graders.pending, "the graders still work for another collect"
+        self._collected, self._ended = Collected([], update=self.buffer.update), 0
+        try:
+            while (units := self._due()) is None:
+                ended = self._ended
+                while ended == self._ended:
+                    assert self.buffer.running, "nothing runs and no batch is due"
+                    for event in self.engine.step():
+                        if isinstance(event, Finished):
+                            self._end(event.completion)
+                    self._take_grades(self.graders.poll())
+                if progress is not None:
+                    rest = self.buffer.active if self.schedule.drains else 0
+                    progress(self._ended, max(self._ended + rest, self.buffer.whole))
+            return self._hand_over(units)
+        except BaseException:
+            # an interrupted collect leaves the engine empty: weights can be saved or changed
+            self.engine.abort(None, "collect interrupted")
+            raise
 
-@dataclass(slots=True)
-class Collected:
-    """Groups in the order of the prompts, and what happened on the way."""
+    def park(self) -> None:
+        """Take out what a schedule left in the engine; it keeps its tokens."""
+        if self.buffer.running:
+            self._interrupt(Fate.KEEP)
 
-    groups: list[Group]
-    ungraded: int = 0
-    truncated: int = 0
-    first_failure: str = ""
-    seconds_grading: float = 0.0
-    """inside the grader processes"""
-    tokens_known: int = 0
-    """of completions whose grade was known already"""
+    # --- in ---------------------------------------------------------------------------------------
+
+    def _due(self) -> list[Unit] | None:
+        """Take in and submit what is to be; then ask whether a batch is due."""
+        buffer, schedule = self.buffer, self.schedule
+        if schedule.recalls and not buffer.under_way() and len(buffer.deferred) >= buffer.batch:
+            for _ in range(buffer.batch):
+                self.queue(buffer.recall())
+        if count := schedule.admit(buffer):
+            self._admit(count)
+        room = math.inf if schedule.ahead is None else buffer.slots + schedule.ahead
+        while len(buffer.running) < room and (member := buffer.pop()) is not None:
+            request = member.request
+            if member.tokens:
+                request = replace(request, partial=member.rollout.completion)
+            self.engine.submit(request)
+        return schedule.harvest(buffer)
+
+    def _admit(self, units: int) -> None:
+        """Open units for the next prompts."""
+        buffer, samples = self.buffer, self.spec.samples
+        started = math.floor(self.schedule.extra * samples + 1e-9)
+        count = -(-units // samples) if self.spec.apart else units
+        prompts, visits = self.source(buffer.cursor, count)
+        buffer.cursor += len(prompts)
+        for prompt, visit in zip(prompts, visits, strict=True):
+            starts = self.decisions.start(prompt, visit, started)
+            if self.spec.apart:
+                for sample, start in enumerate(starts):
+                    self._launch(buffer.open(prompt, visit, 1), [(sample, start)])
+            else:
+                self._launch(buffer.open(prompt, visit, samples), enumerate(starts))
+
+    def _launch(self, unit: Unit, starts: Iterable[tuple[int, Start]]) -> None:
+        for sample, start in starts:
+            self.join(unit, sample, start)
+        self.buffer.fly(unit)
+        self.queue(unit)
+
+    def join(self, unit: Unit, sample: int, start: Start) -> None:
+        """One more member of a unit."""
+        rollout = Rollout(unit.prompt, sample, unit.visit, key_visit=start.key_visit)
+        request = Request(
+            self.buffer.next_request(),
+            unit.prompt.token_ids,
+            self._key(rollout),
+            self.spec.sampling,
+            drafts=start.drafts,
+            lenience=start.lenience,
+        )
+        unit.members.append(Member(unit, rollout, request))
+
+    def queue(self, unit: Unit) -> None:
+        """Give its waiting members their places."""
+        for member in unit.members:
+            if member.state in (State.QUEUED, State.PARTIAL):
+                self.buffer.push(member, self.order(member))
+
+    def renew(self, member: Member, request_id: int) -> None:
+        """The request of a member that has another key visit now."""
+        key = self._key(member.rollout)
+        member.request = replace(member.request, id=request_id, key=key)
+
+    def _key(self, rollout: Rollout) -> int:
+        spec = self.spec
+        row, sample = rollout.prompt.row, rollout.sample
+        return make_key(spec.seed, spec.purpose, row, sample, rollout.key_visit)
+
+    # --- out --------------------------------------------------------------------------------------
+
+    def _end(self, completion: Completion) -> None:
+        """A rollout ended by itself: graded, unless its unit needs it no more."""
+        buffer = self.buffer
+        member = buffer.running[completion.request_id]
+        ready = buffer.finish(member, completion)
+        self._ended += 1
+        if member.state is State.DROPPED:
+            self._drop(member)
+            return
+        rollout, unit = member.rollout, member.unit
+        rollout.text = self.decode(completion.token_ids)
+        if (known := self.decisions.grade(rollout)) is None:
+            self._graded[completion.request_id] = rollout
+            self.graders.submit(grade_job(rollout, completion.request_id, self.spec))
+        else:
+            rollout.reward, rollout.rewards = known
+            self._collected.tokens_known += member.tokens
+        if ready and buffer.bound is not None:
+            self._wait_for_grades()
+            if not has_signal(unit.group()):
+                buffer.set_aside(unit)
+        elif self.schedule.by_sibling and not ready:
+            self.queue(unit)
+
+    def _drop(self, member: Member) -> None:
+        self._collected.tokens_dropped += member.tokens
+        self._collected.cut.append(member.tokens)
+
+    def _hand_over(self, units: list[Unit]) -> Collected:
+        """Clear the engine as the schedule wants it, and settle the batch."""
+        buffer, fate, collected = self.buffer, self.schedule.fate, self._collected
+        aside = list(buffer.aside)
+        buffer.take(units)
+        self._wait_for_grades()
+        if fate is not Fate.GO_ON and buffer.running:
+            self._interrupt(fate)
+        if fate in (Fate.RESTART, Fate.DEFER):
+            begun = [unit for unit in buffer.flying.values() if unit.since is not None]
+            late = list(buffer.ready) if fate is Fate.DEFER else []
+            for unit in [*begun, *late]:
+                self._start_anew(unit)
+            if fate is Fate.DEFER:
+                for unit in list(buffer.flying.values()):
+                    buffer.defer(unit)
+        collected.groups = groups_of(units)
+        if buffer.bound is not None:
+            collected.live = collected.groups
+            every = sorted([*units, *aside], key=lambda unit: unit.index)
+            collected.groups = groups_of(every)
+        collected.waits = [collected.update - unit.admitted for unit in units]
+        return finish(collected, self.spec)
+
+    def _interrupt(self, fate: Fate) -> None:
+        """Take everything out of the engine; what it has goes back to its unit."""
+        buffer = self.buffer
+        for completion in self.engine.abort(None, "a batch was due"):
+            member = buffer.running.pop(completion.request_id)
+            member.rollout.completion = completion
+            if member.unit.index not in buffer.flying:
+                member.state = State.DROPPED
+                self._drop(member)
+                continue
+            member.state = State.PARTIAL if member.tokens else State.QUEUED
+            if fate is Fate.KEEP:
+                self._collected.cut.append(member.tokens)
+                buffer.push(member, self.order(member))
+
+    def _start_anew(self, unit: Unit) -> None:
+        """Drop what a unit has; its members get other noise, unless that is held."""
+        drafts = [member.rollout.completion.token_ids for member in unit.members]
+        for member in unit.members:
+            if member.tokens and member.state is not State.DROPPED:
+                self._drop(member)
+                self._collected.restarts += 1
+        self.buffer.reset(unit)
+        for member, draft in zip(unit.members, drafts, strict=True):
+            if not self.spec.held:
+                member.rollout.key_visit += RESTART
+            elif draft and not member.request.lenience:
+                drafts_of = (Draft(draft), *member.request.drafts)
+                member.request = replace(member.request, drafts=drafts_of)
+            self.renew(member, self.buffer.next_request())
+        if self.schedule.fate is Fate.RESTART:
+            self.queue(unit)
+
+    # --- grades -----------------------------------------------------------------------------------
+
+    def _wait_for_grades(self) -> None:
+        while self.graders.pending:
+            self._take_grades(self.graders.poll(wait=True))
+
+    def _take_grades(self, grades: Sequence[Grade]) -> None:
+        for grade in grades:
+            rollout = self._graded.pop(grade.id)
+            rollout.reward, rollout.rewards = grade.reward, grade.rewards or {}
+            rollout.failure, rollout.seconds_grading = grade.failure, grade.seconds
 
 
 def collect(
     engine: Engine,
-    graders: GraderPool,
+    graders: Graders,
     decode: Callable[[list[int]], str],
     prompts: Sequence[Prompt],
     visits: Sequence[int],
@@ -68,126 +281,16 @@ def collect(
     progress: Progress | None = None,
     decisions: Decisions = NOTHING,
 ) -> Collected:
-    """Sample, grade and group `spec.samples` rollouts of each prompt.
+    """Sample, grade and group `spec.samples` rollouts of each of these prompts, in their order.
 
     visits: how often each prompt had been started before, for this purpose; part of the key.
-    decode: token ids to text, special tokens left out. decisions: of the techniques.
-    Ungraded rollouts are counted; `check_failures` says when there are too many.
     """
-    assert not graders.pending, "the graders still work for another collect"
-    groups = [Group(prompt) for prompt in prompts]
-    tokens_known = 0
-    waiting: dict[int, Rollout] = {}
-    try:
-        requests: list[Request] = []
-        for group, visit in zip(groups, visits, strict=True):
-            starts = decisions.start(group.prompt, visit, spec.samples)
-            for sample, start in enumerate(starts):
-                requests.append(_request(group.prompt, sample, start, spec, len(requests)))
-                rollout = Rollout(group.prompt, sample, visit, key_visit=start.key_visit)
-                waiting[requests[-1].id] = rollout
-                group.rollouts.append(rollout)
-        if decisions.stagger:  # a stable sort: those with drafts first, in whole groups
-            requests.sort(key=lambda r: -1 if r.drafts else waiting[r.id].sample)
-        for request in requests:
-            engine.submit(request)
-        by_id = dict(waiting)
-        while waiting:
-            before = len(waiting)
-            for event in engine.step():
-                if isinstance(event, Finished):
-                    rollout = waiting.pop(event.completion.request_id)
-                    rollout.completion = event.completion
-                    job = _job(rollout, event.completion.request_id, decode, spec)
-                    if (known := decisions.grade(rollout)) is None:
-                        graders.submit(job)
-                    else:
-                        rollout.reward, rollout.rewards = known
-                        tokens_known += len(rollout.completion.token_ids)
-            _take_grades(graders.poll(), by_id)
-            if progress is not None and len(waiting) != before:
-                progress(len(by_id) - len(waiting), len(by_id))
-        while graders.pending:
-            _take_grades(graders.poll(wait=True), by_id)
-    except BaseException:
-        # an interrupted collect leaves the engine empty, so that weights can be saved or changed
-        engine.abort(None, "collect interrupted")
-        raise
-    collected = _finish(groups, spec)
-    collected.tokens_known = tokens_known
-    return collected
+    if not prompts:
+        return Collected([])
+    buffer = Buffer(len(prompts), spec.samples, engine.stats().capacity)
 
+    def source(start: int, count: int) -> tuple[Sequence[Prompt], Sequence[int]]:
+        return prompts[start : start + count], visits[start : start + count]
 
-def _request(
-    prompt: Prompt, sample: int, start: Start, spec: CollectSpec, request_id: int
-) -> Request:
-    key = make_key(spec.seed, spec.purpose, prompt.row, sample, start.key_visit)
-    return Request(
-        request_id,
-        prompt.token_ids,
-        key,
-        spec.sampling,
-        drafts=start.drafts,
-        lenience=start.lenience,
-    )
-
-
-def _job(
-    rollout: Rollout, job_id: int, decode: Callable[[list[int]], str], spec: CollectSpec
-) -> GradeJob:
-    prompt = rollout.prompt
-    rollout.text = decode(rollout.completion.token_ids)
-    # evaluations come again with the same keys and other weights: the text tells them apart
-    mark = zlib.crc32(rollout.text.encode("utf-8", "replace"))
-    name = f"{spec.label or spec.purpose}/{prompt.row}/{rollout.sample}/{rollout.visit}/{mark:08x}"
-    return GradeJob(job_id, name, prompt.text, rollout.text, prompt.answer, prompt.columns)
-
-
-def _take_grades(grades: Sequence[Grade], rollouts: dict[int, Rollout]) -> None:
-    for grade in grades:
-        rollout = rollouts[grade.id]
-        rollout.reward, rollout.rewards = grade.reward, grade.rewards or {}
-        rollout.failure, rollout.seconds_grading = grade.failure, grade.seconds
-
-
-def settle(rollout: Rollout, spec: CollectSpec) -> None:
-    """Apply the policy for truncated completions, once graded.
-
-    keep: as graded. mask: no gradient, but its reward stays in the group's statistics.
-    zero: reward 0. penalty: reward minus `spec.penalty`.
-    """
-    if rollout.completion.finish is not Finish.LENGTH or rollout.reward is None:
-        return
-    if spec.truncated == "mask":
-        rollout.completion.loss_mask = [False] * len(rollout.completion.loss_mask)
-    elif spec.truncated == "zero":
-        rollout.reward = 0.0
-    elif spec.truncated == "penalty":
-        rollout.reward -= spec.penalty
-
-
-def _finish(groups: list[Group], spec: CollectSpec) -> Collected:
-    """Settle every rollout, count what went wrong."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    for rollout in rollouts:
-        settle(rollout, spec)
-    ungraded = [rollout for rollout in rollouts if rollout.reward is None]
-    return Collected(
-        groups,
-        ungraded=len(ungraded),
-        truncated=sum(r.completion.finish is Finish.LENGTH for r in rollouts),
-        first_failure=(
-            min(ungraded, key=lambda r: (r.prompt.row, r.sample)).failure if ungraded else ""
-        ),
-        seconds_grading=sum(r.seconds_grading for r in rollouts),
-    )
-
-
-def check_failures(collected: Collected, max_failures: float) -> None:
-    """Raise UserError when more than that share of a batch's rollouts came back ungraded."""
-    count = sum(len(group.rollouts) for group in collected.groups)
-    if collected.ungraded > math.floor(max_failures * count):
-        raise UserError(
-            f"grading.max_failures = {max_failures}: {collected.ungraded} of {count} rollouts "
-            f"came back ungraded; the first failure was:\n{collected.first_failure.rstrip()}"
-        )
+    collector = Collector(engine, graders, decode, source, spec, sync(), buffer, decisions)
+    return collector.next(progress)

@@ -50,3 +50,7 @@ class Decisions:
     stagger: bool = False
     """submit one sample of each prompt after the other where there are no drafts, so that what
     finishes first can be a draft for its siblings"""
+
+
+NOTHING = Decisions()
+"""no technique decides anything"""

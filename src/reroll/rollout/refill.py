@@ -7,10 +7,6 @@ come of it; they are kept, since they are paid for. Rewards are those of the gra
 prompts a step takes depends on rewards alone, so a resumed run takes the same.
 """
 
-import math
-from collections.abc import Callable
-
-from reroll.rollout.collect import Collected
 from reroll.types import Group
 
 
@@ -20,32 +16,6 @@ def has_signal(group: Group) -> bool:
     return len(rewards) > 1
 
 
-def refill(
-    draw: Callable[[int], Collected], wanted: int, bound: float
-) -> tuple[Collected, list[Group]]:
-    """(everything collected, the groups with signal among it).
-
-    draw: collects that many of the next prompts. bound: prompts started at most, in multiples of
-    `wanted`; when it is reached, the batch is what there is.
-    """
-    most = math.floor(bound * wanted + 1e-9)
-    every = draw(wanted)
-    live = [group for group in every.groups if has_signal(group)]
-    while len(live) < wanted and len(every.groups) < most:
-        started = len(every.groups)
-        missing = -(-(wanted - len(live)) * started // max(len(live), 1))  # rounded up
-        more = draw(min(missing, most - started))
-        live += [group for group in more.groups if has_signal(group)]
-        every = _joined(every, more)
-    return every, live
-
-
-def _joined(one: Collected, other: Collected) -> Collected:
-    return Collected(
-        one.groups + other.groups,
-        ungraded=one.ungraded + other.ungraded,
-        truncated=one.truncated + other.truncated,
-        first_failure=one.first_failure or other.first_failure,
-        seconds_grading=one.seconds_grading + other.seconds_grading,
-        tokens_known=one.tokens_known + other.tokens_known,
-    )
+def missing(live: int, started: int, wanted: int) -> int:
+    """Groups to start, where `live` of those started have signal and `wanted` are asked for."""
+    return -(-(wanted - live) * started // max(live, 1))  # rounded up

@@ -7,6 +7,7 @@ not there. Only safetensors and JSON: nothing is unpickled.
     adapter_model.safetensors, adapter_config.json    in their place where LoRA is trained
     optimizer.safetensors                             AdamW moments by parameter name
     critic_weights, critic_moments .safetensors       PPO's critic and its optimizer
+    under_way.jsonl                                   rollouts begun and not trained on, by unit
     state.json                                        step, version, held-out reward, ...
 """
 
@@ -56,7 +57,11 @@ def save(
         _save_tensors(inner.pop("moments"), temporary / "optimizer.safetensors")
         for name, tensors in inner.pop("critic").items():
             _save_tensors(tensors, temporary / f"critic_{name}.safetensors")
-        text = json.dumps(state | {"step": step, "trainer": inner}, indent=1)
+        under_way = dict(state.get("under_way", {}))
+        lines = [json.dumps(unit) + "\n" for unit in under_way.pop("units", [])]
+        (temporary / "under_way.jsonl").write_text("".join(lines))
+        told = state | {"under_way": under_way, "step": step, "trainer": inner}
+        text = json.dumps(told, indent=1)
         (temporary / "state.json").write_text(text + "\n")
         for path in temporary.rglob("*"):
             _flush(path)
@@ -88,6 +93,8 @@ def load(path: Path, trainer: Trainer) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / "state.json").read_text())
+        with (path / "under_way.jsonl").open() as lines:
+            state["under_way"]["units"] = [json.loads(line) for line in lines]
         inner = state["trainer"] | {"moments": load_file(path / "optimizer.safetensors")}
         if trainer.critic is not None:
             inner["critic"] = {

@@ -1,0 +1,273 @@
+"""What is under way: the rollouts started and not yet trained on, and the units they come in.
+
+A unit is what a batch is made of: a group where the algorithm compares the rollouts of a prompt, a
+single rollout where it does not. It is flying until as many of its members have ended as it needs,
+then ready; a batch takes ready units, and what becomes of the others is the schedule's to say.
+
+    member   queued -> running -> done         ended by itself: graded, then trained on
+                    -> partial -> running      interrupted, its tokens kept
+                    -> queued                  interrupted and started anew, its tokens lost
+                    -> dropped                 more than the unit needs
+
+Everything here is counted in members and updates (batches handed out), never in seconds.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from heapq import heappop, heappush
+from typing import Any
+
+from reroll.rollout.refill import missing
+from reroll.types import Completion, Group, Prompt, Request, Rollout
+
+
+class State(StrEnum):
+    """Where a member is; see the module."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PARTIAL = "partial"
+    DONE = "done"
+    DROPPED = "dropped"
+
+
+_WAITING = (State.QUEUED, State.PARTIAL)
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One rollout under way. Compared by identity."""
+
+    unit: "Unit"
+    rollout: Rollout
+    request: Request
+    state: State = State.QUEUED
+    stamp: int = 0
+    """which of its entries in the queue is the valid one"""
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens kept so far."""
+        return len(self.rollout.completion.token_ids)
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Members that are trained on together. Compared by identity."""
+
+    index: int
+    """in order of admission"""
+    prompt: Prompt
+    visit: int
+    need: int
+    """members that make it ready"""
+    admitted: int
+    """updates before it was admitted"""
+    members: list[Member] = field(default_factory=list)
+    done: list[Member] = field(default_factory=list)
+    """in the order in which they ended"""
+    since: int | None = None
+    """updates before its first member was started; None: none was"""
+    expected: float | None = None
+    """mean completion tokens of its prompt's last visit; None: there was none"""
+
+    def group(self) -> Group:
+        """As the trainer wants it, members in order of their samples."""
+        done = sorted(self.done, key=lambda member: member.rollout.sample)
+        return Group(self.prompt, [member.rollout for member in done])
+
+    def length(self) -> float:
+        """Mean completion tokens of the members that ended."""
+        return sum(member.tokens for member in self.done) / max(1, len(self.done))
+
+
+class Buffer:
+    """Owns units and members; asks nobody anything.
+
+    batch: units of an update. members: of a unit, as a rule. slots: the engine's. bound: units
+    admitted for one batch at most, in batches, where some are set aside (dynamic sampling).
+    patience: the schedule's; no more units are started than can be trained on within it.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        members: int,
+        slots: int,
+        bound: float | None = None,
+        patience: int | None = None,
+    ) -> None:
+        self.batch, self.members, self.slots = batch, members, slots
+        self.bound = bound
+        # what is started in one update can be trained on in this and `patience` more
+        self._most = math.inf if patience is None else (patience + 1) * batch
+        self.update = 0
+        """batches handed out"""
+        self.cursor = 0
+        """place in the stream of prompts"""
+        self.flying: dict[int, Unit] = {}
+        """unfinished units by index"""
+        self.ready: deque[Unit] = deque()
+        """in the order in which they became ready"""
+        self.aside: list[Unit] = []
+        """ready units without signal, since the last batch"""
+        self.deferred: deque[Unit] = deque()
+        """put off to a later round, without tokens"""
+        self.running: dict[int, Member] = {}
+        """members that the engine has, by request id"""
+        self.active = 0
+        """members of flying units that have not ended"""
+        self.admitted = 0
+        """units admitted since the last batch"""
+        self.starts: Counter[int] = Counter()
+        """started units, flying or ready, by the updates that were before their start"""
+        self.lengths: dict[int, float] = {}
+        """mean completion tokens of each prompt's last visit, by row"""
+        self._queue: list[tuple[Any, int, Member]] = []
+        self._units = self._requests = 0
+
+    @property
+    def whole(self) -> int:
+        """Members of a batch."""
+        return self.batch * self.members
+
+    # --- what schedules ask -----------------------------------------------------------------------
+
+    def under_way(self) -> int:
+        """Units admitted and not trained on, those put off left out."""
+        return len(self.flying) + len(self.ready)
+
+    def allowed(self) -> int:
+        """Units that may still be admitted for this batch."""
+        if self.bound is None:
+            return 1 << 62
+        return max(0, math.floor(self.bound * self.batch + 1e-9) - self.admitted)
+
+    def lacking(self) -> int:
+        """Units to admit for a whole batch, with nothing flying: at first all of it, then as many
+        as the share with signal so far says are needed (`rollout/refill.py`)."""
+        if not self.admitted:
+            return self.batch
+        if self.bound is None or len(self.ready) >= self.batch:
+            return 0
+        return min(missing(len(self.ready), self.admitted, self.batch), self.allowed())
+
+    # --- a member's way ---------------------------------------------------------------------------
+
+    def next_request(self) -> int:
+        """A request id that no other member has."""
+        self._requests += 1
+        return self._requests - 1
+
+    def open(self, prompt: Prompt, visit: int, need: int) -> Unit:
+        """A new unit, still without members and on the ground."""
+        expected = self.lengths.get(prompt.row)
+        unit = Unit(self._units, prompt, visit, need, self.update, expected=expected)
+        self._units += 1
+        self.admitted += 1
+        return unit
+
+    def fly(self, unit: Unit) -> None:
+        """A unit has its members."""
+        self.flying[unit.index] = unit
+        self.active += len(unit.members) - len(unit.done)
+
+    def push(self, member: Member, place: Any) -> None:
+        """Queue a member at its place; an earlier entry of its is void."""
+        member.stamp += 1
+        heappush(self._queue, (place, member.stamp, member))
+
+    def pop(self) -> Member | None:
+        """The first in the queue, from now on running; None: nobody may be started."""
+        queue = self._queue
+        while queue:
+            _, stamp, member = queue[0]
+            if stamp != member.stamp or member.state not in _WAITING:
+                heappop(queue)
+                continue
+            unit = member.unit
+            if unit.since is None:
+                if self.starts.total() >= self._most:
+                    return None
+                unit.since = self.update
+                self.starts[self.update] += 1
+            heappop(queue)
+            member.state = State.RUNNING
+            self.running[member.request.id] = member
+            return member
+        return None
+
+    def finish(self, member: Member, completion: Completion) -> bool:
+        """A member ended by itself; returns whether its unit became ready by it."""
+        unit = member.unit
+        member.rollout.completion = completion
+        del self.running[member.request.id]
+        if unit.index not in self.flying:
+            member.state = State.DROPPED
+            return False
+        member.state = State.DONE
+        self.active -= 1
+        unit.done.append(member)
+        if len(unit.done) < unit.need:
+            return False
+        del self.flying[unit.index]
+        self.active -= len(unit.members) - len(unit.done)
+        self.ready.append(unit)
+        self.lengths[unit.prompt.row] = unit.length()
+        return True
+
+    # --- a unit's way -----------------------------------------------------------------------------
+
+    def set_aside(self, unit: Unit) -> None:
+        """The unit that has just become ready is not worth training on."""
+        assert self.ready.pop() is unit, "the last one that became ready"
+        self._forget(unit)
+        self.aside.append(unit)
+
+    def take(self, units: Sequence[Unit]) -> None:
+        """These ready units are the next batch."""
+        for unit in units:
+            self._forget(unit)
+        gone = {unit.index for unit in units}
+        self.ready = deque(unit for unit in self.ready if unit.index not in gone)
+        self.aside.clear()
+        self.update += 1
+        self.admitted = 0
+
+    def reset(self, unit: Unit) -> None:
+        """Drop a unit's tokens: it is flying and nothing of it has been started."""
+        if unit.index in self.flying:
+            self.active -= len(unit.members) - len(unit.done)
+        else:
+            self.ready.remove(unit)
+        unit.done.clear()
+        self.fly(unit)
+        for member in unit.members:
+            member.state = State.QUEUED
+            member.rollout.completion = Completion(member.request.id)
+            rollout = member.rollout
+            rollout.reward, rollout.rewards, rollout.failure = None, {}, ""
+
+    def defer(self, unit: Unit) -> None:
+        """Put a unit without tokens off."""
+        self._forget(unit)
+        unit.since = None
+        self.active -= len(unit.members)
+        del self.flying[unit.index]
+        self.deferred.append(unit)
+
+    def recall(self) -> Unit:
+        """Bring back the unit put off longest, with no more members than it needs."""
+        unit = self.deferred.popleft()
+        del unit.members[unit.need :]
+        self.fly(unit)
+        self.admitted += 1
+        return unit
+
+    def _forget(self, unit: Unit) -> None:
+        if unit.since is not None:
+            self.starts[unit.since] -= 1
+            self.starts += Counter()  # leaves the positive ones
