@@ -54,6 +54,8 @@ SCHEDULES = {
     "eval__every": 0, "task__eval_size": 2, "checkpoint__keep_last": 1, "log__display": "off",
 }  # fmt: skip
 PPO = {"algo__name": "ppo", "train__minibatches": 2, "critic__learning_rate": 1e-2}
+LONG = {"rollout__max_tokens": 60, "engine__slots": 5}
+"""replies of many lengths, for schedules"""
 
 KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "dynamic sampling": (DAPO | {"train__minibatches": 2}, set()),
@@ -65,6 +67,23 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
         PPO | {"critic__trunk": "shared", "critic__warmup": 1},
         {"critic_weights", "critic_moments"},
     ),
+    "april": (LONG | {"schedule__kind": "april", "correct__mode": "tis"}, set()),
+    "sorted, dynamic sampling": (
+        LONG
+        | DAPO
+        | {"rollout__max_tokens": 30, "schedule__kind": "sorted", "correct__mode": "decoupled"},
+        set(),
+    ),
+    "sorted, ppo": (
+        LONG | PPO | {"schedule__kind": "sorted", "schedule__batches": 2, "correct__mode": "mask"},
+        {"critic_weights", "critic_moments"},
+    ),
+    "sorted, on policy": (
+        LONG | {"schedule__kind": "sorted", "schedule__mode": "on_policy"},
+        set(),
+    ),
+    "tail batch": (LONG | {"schedule__kind": "tail_batch"}, set()),
+    "async": (LONG | {"schedule__kind": "async", "schedule__max_lag": 2}, set()),
     "lora": ({"lora__rank": 4, "algo__kl_coef": 0.1, "train__minibatches": 2}, {"adapter_model"}),
     "lora, ppo": (
         PPO | {"lora__rank": 4, "train__gradient_checkpointing": "true"},
@@ -388,6 +407,14 @@ def test_what_the_kinds_of_runs_go_through(whole: Wholes) -> None:
         assert line["value_loss"] > 0
         assert line["explained_variance"] != 0
     assert [line["version"] for line in lines_of(runs["epochs"])] == [6, 12, 18, 24]
+    for kind in ("april", "sorted, dynamic sampling", "sorted, ppo", "async"):
+        lines = lines_of(runs[kind])
+        assert max(line["versions_max"] for line in lines) > 1
+        assert max(line["offpolicy_tokens"] for line in lines) > 0
+        assert sum(line["reprefill"] for line in lines) > 0
+        assert lines[1]["tokens_lag_0"] < 1
+    assert sum(line["restarts"] for line in lines_of(runs["sorted, on policy"])) > 0
+    assert sum(line["waste"] for line in lines_of(runs["tail batch"])) > 0
     for kind in ("lora", "lora, ppo", "lora, bfloat16"):
         moved = {k: v for k, v in weights(runs[kind]).items() if k.startswith("adapter_model/")}
         assert moved and all(value.any() for value in moved.values())

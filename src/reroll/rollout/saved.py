@@ -29,8 +29,6 @@ def snapshot(buffer: Buffer) -> dict[str, Any]:
 def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Prompt]) -> None:
     """Put a snapshot into a new collector. Raises KeyError for prompts that are not there."""
     buffer, rows = collector.buffer, {prompt.row: prompt for prompt in prompts}
-    for name in _COUNTS:
-        setattr(buffer, name, saved["counts"][name.strip("_")])
     buffer.lengths.update({int(row): length for row, length in saved["lengths"].items()})
     for one in saved["units"]:
         unit = Unit(one["index"], rows[one["row"]], one["visit"], one["need"], one["admitted"])
@@ -48,6 +46,9 @@ def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Promp
             {"ready": buffer.ready, "deferred": buffer.deferred}[one["place"]].append(unit)
         if unit.since is not None:
             buffer.starts[unit.since] += 1
+    # last: putting rollouts back takes new request ids
+    for name in _COUNTS:
+        setattr(buffer, name, saved["counts"][name.strip("_")])
 
 
 def _unit(unit: Unit, place: str) -> dict[str, Any]:
