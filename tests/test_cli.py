@@ -10,6 +10,7 @@ import pytest
 import reroll
 from reroll.cli import main, split_settings
 from reroll.config import ALGORITHMS, describe, load_config
+from reroll.config.simulate import SimulateConfig
 from tests.project import Project
 
 COMMANDS = ["demo", "train", "eval"]
@@ -53,7 +54,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in COMMANDS)
+    assert all(command in out for command in [*COMMANDS, "simulate"])
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
@@ -310,6 +311,52 @@ def test_a_damaged_checkpoint(project: Project, mistake: Mistake) -> None:
     (newest / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     message = mistake(project.train(train__steps=2, checkpoint__every=1))
     assert str(newest) in message
+
+
+SIMULATE = ["simulate", "--slots", "8", "--prompts=4", "--samples", "2", "--median", "50"]
+
+
+def test_help_of_simulate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: reroll simulate")
+    for key, kind, default, text in describe(SimulateConfig):
+        assert f"  --{key} {kind} (default {default})\n        {text}\n" in f"{out}\n"
+    assert all(flag in out for flag in ("--out PNG", "--timeline PNG", "--json", "[CONFIG]"))
+
+
+def test_simulating(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "a.toml"
+    config.write_text('schedules = ["sync", "april"]\nover = 2\nslots = 100\nupdates = 3\n')
+    pictures = {f"--{name}": str(tmp_path / f"{name}.png") for name in ("out", "timeline")}
+    flags = [word for pair in pictures.items() for word in pair]
+    assert main([*SIMULATE, str(config), *flags, "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    record = json.loads(last)
+    assert (record["settings"]["slots"], record["settings"]["updates"]) == (8, 3)
+    assert [row["schedule"] for row in record["rows"]] == ["sync", "april 2"]
+    assert [row["relative"] == 1 for row in record["rows"]] == [True, False]
+    shown = [line for line in lines if line.startswith("│")]
+    assert [line.split("│")[1].strip() for line in shown] == ["sync", "april 2"]
+    names = ["out.png", "timeline_sync.png", "timeline_april_2.png"]
+    assert lines[-3:] == [f"Written: {tmp_path / name}" for name in names]
+    assert all((tmp_path / name).exists() for name in names)
+
+
+def test_simulating_by_mistake(mistake: Mistake, tmp_path: Path) -> None:
+    assert mistake(["simulate", "--slotz", "4"]) == "--slotz: unknown setting; did you mean slots?"
+    assert mistake(["simulate", "--run.seed", "4"]).startswith("--run.seed: unknown setting")
+    assert "not understood" in mistake(["simulate", "a.toml", "b.toml"])
+    assert mistake(["simulate", "a.toml"]).startswith("a.toml: cannot read the configuration: ")
+    message = mistake([*SIMULATE, "--replicas", "4,1000", "--timeline", "t.png"])
+    assert message.startswith("--timeline = 't.png': 8,000 slots cannot be told apart")
+    nowhere = str(tmp_path / "no" / "a.png")
+    message = mistake([*SIMULATE, "--out", nowhere])
+    assert message == f"--out = {nowhere!r}: no folder {str(tmp_path / 'no')!r}"
+    assert "no costs.json there" in mistake(["simulate", "--costs", str(tmp_path)])
+    assert "no rollouts.sqlite there" in mistake(["simulate", "--run", str(tmp_path)])
 
 
 def test_settings_may_stand_before_the_config() -> None:

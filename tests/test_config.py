@@ -341,6 +341,7 @@ keep_best = 0
 display = "off"
 trackers = ["tensorboard", "trackio"]
 samples = 0
+timeline = 3
 """
 
 

@@ -21,7 +21,8 @@ LAYERS = [
     {"rollout", "train"},
     {
         "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate",
-        "setup", "scheduling", "occupancy", "summary", "loop", "cli", "__main__",
+        "setup", "scheduling", "occupancy", "simulate", "comparison", "timeline", "workload",
+        "summary", "loop", "cli", "__main__",
     },
 ]  # fmt: skip
 """from low to high; a module imports from its own part and from lower layers"""

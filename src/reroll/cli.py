@@ -1,4 +1,4 @@
-"""The command line: `reroll demo | train | eval`."""
+"""The command line: `reroll demo | train | eval | simulate`."""
 
 import argparse
 import json
@@ -11,7 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from reroll import __version__
-from reroll.config import ALGORITHMS, Config, describe, load_config
+from reroll.config import ALGORITHMS, Config, Section, describe, load_config
+from reroll.config.load import load_settings
+from reroll.config.simulate import SimulateConfig
 from reroll.errors import UserError
 
 DEMO = """\
@@ -38,6 +40,30 @@ configuration file. The last line is one JSON object.
   reroll eval runs/demo --step 20 --eval.samples 16
   reroll eval recipes/chain_sum.toml --task.eval_size 500"""
 
+SIMULATE = """\
+Compare schedules before renting the machines: the collector of a run on an engine without a model,
+which only counts what ticks cost and how long replies are. Times are a roofline's (no schedule
+beats it, real engines reach less), a measured run's or constants of your own; memory is not
+checked, rollouts and updates take turns, and what stale tokens do to learning is not simulated.
+CONFIG is a TOML file of the settings below, which are flags too and win over it.
+
+  reroll simulate                                       one H100 with a model of 7.6e9 parameters
+  reroll simulate --gpu l4 --parameters 1.5e9 --slots 64 --median 800 --cap 8192
+  reroll simulate --replicas 1,4,16 --prompts 256 --out simulate.png
+  reroll simulate --run runs/a --costs runs/a --slots 16   lengths and costs of a recorded run
+  reroll simulate --schedules april --over 2 --slots 32 --prompts 8 --timeline timeline.png
+
+Columns: trained tokens per second of rollouts and updates, the same over sync's, share of slot time
+that was idle while collecting, tokens drawn and not trained on, trained tokens of older weights,
+most updates a token was behind, tokens read again over trained, mean length trained on over that
+of all that was started, updates from a prompt's admission to its training, seconds an update."""
+
+MOST_SLOTS = 2000
+"""that a timeline is drawn of"""
+WIDE = 124
+"""columns of the table of schedules"""
+_SIMULATE = "reroll simulate"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the status: 0 done, 1 stopped, 2 user's mistake, 130 interrupted."""
@@ -49,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, flags = split_settings(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args(words)
     try:
+        if args.command == "simulate":
+            return _simulate(args, [*rest, *flags])
         overrides = parse_overrides([*flags, *rest])
         if args.command == "demo":
             return _train(load_config(_demo_config(), {"run.out": args.out, **overrides}))
@@ -152,6 +180,41 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     return 0
 
 
+def _simulate(args: argparse.Namespace, unknown: Sequence[str]) -> int:
+    from reroll.comparison import comparison, draw, records
+    from reroll.simulate import simulate
+    from reroll.workload import make_cost, make_replies
+
+    for word in unknown:
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: not understood; settings are --key value")
+        load_settings(SimulateConfig, None, {word[2:].partition("=")[0]: ""}, _SIMULATE)
+    given = {key: vars(args)[key] for key in SimulateConfig.model_fields if key in args}
+    config = load_settings(SimulateConfig, args.config, given, _SIMULATE)
+    for flag, path in (("out", args.out), ("timeline", args.timeline)):
+        if path and not Path(path).parent.is_dir():
+            raise UserError(f"--{flag} = {path!r}: no folder {str(Path(path).parent)!r}")
+    slots = config.slots * max(config.replicas)
+    if args.timeline and slots > MOST_SLOTS:
+        raise UserError(
+            f"--timeline = {args.timeline!r}: {slots:,} slots cannot be told apart in a picture; "
+            f"simulate at most {MOST_SLOTS:,} (slots x replicas), or use --out"
+        )
+    cost, replies = make_cost(config), make_replies(config)
+    with Console(stderr=True).status("simulating") as status:
+        results = simulate(
+            config, cost, replies, bool(args.timeline), lambda arm: status.update(arm.name)
+        )
+    rows, console = records(results), Console(highlight=False)
+    console.width = max(console.width, WIDE)  # narrower, figures would be cut off
+    console.print(comparison(rows))
+    for path in draw(results, args.out, args.timeline):
+        console.print(f"Written: {path}", soft_wrap=True)
+    if args.json:
+        print(json.dumps({"settings": config.model_dump(), "rows": rows}))
+    return 0
+
+
 def _demo_config() -> str:
     return str(resources.files("reroll") / "assets" / "demo.toml")
 
@@ -162,17 +225,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Reinforcement learning with verifiable rewards, rollouts made cheap.",
     )
     parser.add_argument("--version", action="version", version=f"reroll {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | train | eval")
+    names = "demo | train | eval | simulate"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for name, short, text in (
         ("demo", "train the packaged policy on this machine and see its reward rise", DEMO),
         ("train", "train a policy from a TOML file, or go on with a run", TRAIN),
         ("eval", "held-out reward, pass@k and maj@k of a run or a model", EVAL),
+        ("simulate", "compare schedules on simulated machines, without a model", SIMULATE),
     ):
         command = commands.add_parser(
             name,
             help=short,
             description=text,
-            epilog=_settings(),
+            epilog=_simulate_settings() if name == "simulate" else _settings(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -182,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         elif name == "train":
             command.add_argument("config", metavar="CONFIG", help="TOML file")
+        elif name == "simulate":
+            _simulate_arguments(command)
         else:
             command.add_argument("target", metavar="TARGET", help="run directory or TOML file")
             command.add_argument(
@@ -190,14 +257,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _simulate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file (default: none)")
+    command.add_argument("--out", metavar="PNG", help="draw the share of slots in use over time")
+    command.add_argument(
+        "--timeline", metavar="PNG", help="draw what ran in each slot; a picture a schedule"
+    )
+    command.add_argument("--json", action="store_true", help="last line: one JSON object")
+    for key in SimulateConfig.model_fields:  # listed below with what they mean
+        command.add_argument(f"--{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
 def _settings() -> str:
-    lines = ["settings (--section.key value; in the file: [section] key = value):"]
-    for key, kind, default, text in describe():
-        lines.append(f"  --{key} {kind} (default {default})\n        {text}")
+    lines = [
+        "settings (--section.key value; in the file: [section] key = value):",
+        *_listed(Config),
+    ]
     lines.append("what algo.name fills in where [algo] leaves a setting out:")
     for name, filled in ALGORITHMS.items():
         lines.append(f"  {name}: " + ", ".join(f"{k} = {v}" for k, v in filled.items()))
     return "\n".join(lines)
+
+
+def _simulate_settings() -> str:
+    return "\n".join(
+        ["settings (--key value; in the file: key = value):", *_listed(SimulateConfig)]
+    )
+
+
+def _listed(kind: type[Section]) -> list[str]:
+    return [
+        f"  --{key} {type_} (default {default})\n        {text}"
+        for key, type_, default, text in describe(kind)
+    ]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from reroll.rollout.saved import restore, snapshot
 from reroll.rundir import RunDir
 from reroll.scheduling import apart, make_collector
 from reroll.setup import Parts, open_reuse, prepare
+from reroll.timeline import batch_of, draw_timeline, one_after_another, read_timeline
 from reroll.train import checkpoint
 from reroll.train.trainer import Diverged
 from reroll.types import Group, Purpose
@@ -118,6 +119,8 @@ class _Run:
             self._save()
             raise
         plot_run(self.run)
+        if self.run.timeline_path.exists() and (batches := read_timeline(self.run.timeline_path)):
+            draw_timeline(one_after_another(batches), self.run.path / "timeline.png")
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval.every
@@ -148,11 +151,13 @@ class _Run:
         """One batch of rollouts and its optimizer steps; a line in metrics.jsonl."""
         parts, ledger, before = self.parts, self.ledger, self.ledger.copy()
         stats = deepcopy(parts.engine.stats())
-        epoch = self.collector.buffer.cursor // len(parts.task.train)
+        buffer, shown = self.collector.buffer, step <= self.config.log.timeline
+        epoch = buffer.cursor // len(parts.task.train)
+        parts.engine.spans = spans = [] if shown else None
         started = time.perf_counter()
         collected = self.collector.next(self.display.rollouts)
         check_failures(collected, self.config.grading.max_failures)
-        groups = collected.trained()
+        parts.engine.spans, groups = None, collected.trained()
         rollout_seconds = time.perf_counter() - started
         metrics = rollout_metrics(collected)
         metrics |= schedule_metrics(
@@ -177,6 +182,8 @@ class _Run:
             metrics["tokens_per_second"] = sum(lengths(collected.groups)) / rollout_seconds
             self.run.log({"kind": "train", "step": step, **metrics})
             self.run.sample(samples(step, collected.groups, self.config.log.samples))
+            if spans is not None:
+                self.run.stays(step, batch_of(step, spans, buffer, collected, stats.clock))
             self.done, self.counted = step, parts.engine.state()
             if self._evaluation_due() or self._checkpoint_due():
                 self.collector.park()

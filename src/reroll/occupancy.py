@@ -31,7 +31,7 @@ def schedule_metrics(
     resumed = after.tokens_resumed - before.tokens_resumed
     return {
         "goodput": tokens / max(seconds, 1e-12),
-        "bubble": 1 - busy / max(after.capacity * clock, 1e-12),
+        "bubble": 1 - busy / (after.capacity * clock) if clock else 0.0,
         "waste": 1 - tokens / max(1, every + collected.tokens_dropped),
         "reprefill": resumed / max(1, tokens),
         "length_bias": length_bias(trained, collected.cut),

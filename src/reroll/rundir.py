@@ -3,11 +3,13 @@
 config.toml      the whole configuration, as run
 metrics.jsonl    one line a training step, one an evaluation
 samples.jsonl    a few rollouts of each step, to read
+timeline.jsonl   stays in the engine's slots, of the first steps
 timeouts.txt     graders that timed out, replayed on resume
 rollouts.sqlite  past rollouts, for drafts (with reuse.on)
 costs.json       what forwards cost here, measured at the first start (with reuse.on)
 checkpoints/     step-N: Hugging Face folders with what is needed to go on
 curves.png       reward, held-out reward, length and entropy over the steps
+timeline.png     who held which slot, over the first steps
 """
 
 import json
@@ -50,6 +52,7 @@ class RunDir:
         self.config_path = self.path / "config.toml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
+        self.timeline_path = self.path / "timeline.jsonl"
         self.timeouts_path = self.path / "timeouts.txt"
         self.store_path = self.path / "rollouts.sqlite"
         self.costs_path = self.path / "costs.json"
@@ -73,7 +76,7 @@ class RunDir:
                 f"{foreign[0]}); choose another"
             )
         step = max(checkpoints(self.checkpoints), default=None)
-        for log in (self.metrics_path, self.samples_path):
+        for log in (self.metrics_path, self.samples_path, self.timeline_path):
             _cut(log, -1 if step is None else step)
         return step
 
@@ -120,6 +123,10 @@ class RunDir:
     def sample(self, records: list[dict[str, Any]]) -> None:
         """Append lines to samples.jsonl."""
         _append(self.samples_path, records)
+
+    def stays(self, step: int, batch: dict[str, Any]) -> None:
+        """Append a line to timeline.jsonl."""
+        _append(self.timeline_path, [{"step": step} | batch])
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl; null comes back as nan."""

@@ -27,7 +27,7 @@ from tests.rollout.simulation import Simulation
 PATIENCE = 3
 SCHEDULES: dict[str, Schedule] = {
     "sync": sync(),
-    "longest_first": longest_first(1),
+    "longest_first": longest_first(),
     "sorted": sorted_by_length(3, keep=True, refill=False),
     "sorted, refill": sorted_by_length(3, keep=True, refill=True, patience=PATIENCE),
     "sorted, on-policy": sorted_by_length(3, keep=False, refill=False),

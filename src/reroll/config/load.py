@@ -180,6 +180,8 @@ def _set(values: dict[str, Any], key: str, value: Any, known: _Known) -> None:
     *path, last = key.split(".")
     if not path and not known.flat:
         raise UserError(f"--{key}: settings are --section.key value{known.nearest(key)}")
+    if path and known.flat:
+        raise UserError(f"--{key}: unknown setting{known.nearest(key)}")
     table, place = values, ""
     for part in path:
         table, place = table.setdefault(part, {}), f"{place}{part}."

@@ -197,3 +197,8 @@ class LogSection(Section):
     samples: int = Field(
         default=2, ge=0, description="rollouts of each step written to samples.jsonl"
     )
+    timeline: int = Field(
+        default=8,
+        ge=0,
+        description="first steps whose slots are shown in timeline.png (timeline.jsonl)",
+    )

@@ -195,8 +195,7 @@ class LocalEngine:
         """Integrity: slots, lengths and streams agree."""
         assert len(self._running) <= self.cache.slots
         for sequence in [*self._running, *self._ready]:
-            sequence.check()
-            assert sequence.length < self.capacity
+            sequence.check(self.capacity)
 
     # --- prefill --------------------------------------------------------------------------------
 
@@ -234,7 +233,8 @@ class LocalEngine:
         self._ready.sort(key=Running.expected_left, reverse=True)
         self._stats.tokens_drawn += drawn
         self._stats.tokens_reused += reused
-        self._pass("prefill", started, len(self._running))
+        # a slot whose request is being read is not idle
+        self._pass("prefill", started, min(self.cache.slots, len(self._running) + len(sequences)))
         return events
 
     def _pass(self, what: str, started: float, running: int) -> None:

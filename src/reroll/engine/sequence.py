@@ -165,12 +165,12 @@ class Sequence:
         self.completion.finish, self.completion.abort_reason = Finish.ABORT, reason
         return self.completion
 
-    def check(self) -> None:
-        """Streams are aligned, and all tokens but the last have keys and values."""
+    def check(self, capacity: int) -> None:
+        """Streams are aligned, and all tokens but the last have keys and values, in one slot."""
         c = self.completion
         streams = (c.logprobs, c.behaviour_logprobs, c.versions, c.loss_mask)
         assert all(len(stream) == len(c.token_ids) for stream in streams)
-        assert self.length == len(self.request.prompt_ids) + len(c.token_ids) - 1
+        assert self.length == len(self.request.prompt_ids) + len(c.token_ids) - 1 < capacity
 
 
 def _resume(request: Request) -> Completion:

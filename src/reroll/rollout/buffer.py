@@ -71,8 +71,8 @@ class Unit:
     """in the order in which they ended"""
     since: int | None = None
     """updates before its first member was started; None: none was"""
-    expected: float | None = None
-    """mean completion tokens of its prompt's last visit; None: there was none"""
+    expected: int | None = None
+    """completion tokens of the longest rollout of its prompt's last visit; None: there was none"""
 
     def group(self) -> Group:
         """As the trainer wants it, members in order of their samples."""
@@ -124,8 +124,10 @@ class Buffer:
         """units admitted since the last batch"""
         self.starts: Counter[int] = Counter()
         """started units, flying or ready, by the updates that were before their start"""
-        self.lengths: dict[int, float] = {}
-        """mean completion tokens of each prompt's last visit, by row"""
+        self.lengths: dict[int, int] = {}
+        """completion tokens of the longest rollout of each prompt's last visit, by row"""
+        self.unknown = 0
+        """flying units of whose prompt that is not known"""
         self._queue: list[tuple[Any, int, Member]] = []
         self._units = self._requests = 0
 
@@ -173,6 +175,7 @@ class Buffer:
     def fly(self, unit: Unit) -> None:
         """A unit has its members."""
         self.flying[unit.index] = unit
+        self.unknown += unit.expected is None
         self.active += len(unit.members) - len(unit.done)
 
     def push(self, member: Member, place: Any) -> None:
@@ -213,10 +216,9 @@ class Buffer:
         unit.done.append(member)
         if len(unit.done) < unit.need:
             return False
-        del self.flying[unit.index]
-        self.active -= len(unit.members) - len(unit.done)
+        self._land(unit)
         self.ready.append(unit)
-        self.lengths[unit.prompt.row] = unit.length()
+        self.lengths[unit.prompt.row] = max(member.tokens for member in unit.done)
         return True
 
     # --- a unit's way -----------------------------------------------------------------------------
@@ -240,7 +242,7 @@ class Buffer:
     def reset(self, unit: Unit) -> None:
         """Drop a unit's tokens: it is flying and nothing of it has been started."""
         if unit.index in self.flying:
-            self.active -= len(unit.members) - len(unit.done)
+            self._land(unit)
         else:
             self.ready.remove(unit)
         unit.done.clear()
@@ -255,8 +257,7 @@ class Buffer:
         """Put a unit without tokens off."""
         self._forget(unit)
         unit.since = None
-        self.active -= len(unit.members)
-        del self.flying[unit.index]
+        self._land(unit)
         self.deferred.append(unit)
 
     def recall(self) -> Unit:
@@ -266,6 +267,11 @@ class Buffer:
         self.fly(unit)
         self.admitted += 1
         return unit
+
+    def _land(self, unit: Unit) -> None:
+        del self.flying[unit.index]
+        self.unknown -= unit.expected is None
+        self.active -= len(unit.members) - len(unit.done)
 
     def _forget(self, unit: Unit) -> None:
         if unit.since is not None:

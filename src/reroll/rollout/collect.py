@@ -114,6 +114,10 @@ class Collector:
         if count := schedule.admit(buffer):
             self._admit(count)
         room = math.inf if schedule.ahead is None else buffer.slots + schedule.ahead
+        if schedule.by_sibling and not buffer.unknown:
+            room = math.inf  # no order changes any more
+        if len(buffer.running) > buffer.slots < room < math.inf:
+            room = 0  # those that wait there are enough for now; a few at a time share a prefill
         while len(buffer.running) < room and (member := buffer.pop()) is not None:
             request = member.request
             if member.tokens:

@@ -15,7 +15,7 @@ References: SortedRL, arXiv 2603.23414; APRIL, arXiv 2509.18521; RollPacker (tai
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from typing import Any
@@ -72,9 +72,18 @@ def sample_by_sample(member: Member) -> tuple[int, int, int]:
 
 def make_schedule(config: ScheduleSection, slots: int) -> Schedule:
     """The schedule of a configuration, for an engine with so many slots."""
+    schedule = _named(config)
+    if schedule.order is fifo and schedule.drains:
+        return schedule
+    # some are read in one forward; of those that may be interrupted few, or much is read twice
+    share = 1 if schedule.drains else 4
+    return replace(schedule, ahead=max(1, slots // share))
+
+
+def _named(config: ScheduleSection) -> Schedule:
     match config.kind:
         case "longest_first":
-            return longest_first(ahead=max(1, slots // 8))
+            return longest_first()
         case "sorted":
             keep = config.mode == "partial"
             return sorted_by_length(
@@ -95,24 +104,25 @@ def sync() -> Schedule:
     return Schedule(_whole_batch, fifo, _all_done, drains=True)
 
 
-def longest_first(ahead: int) -> Schedule:
+def longest_first() -> Schedule:
     """`sync` in the order of expected length, longest first: the same tokens, a shorter tail.
 
-    A unit is expected to be as long as the longest of its finished members, else as its prompt's
-    last visit was on average; where neither is known one member probes it before all else, and
-    until it has ended the others count as long as can be (Seer, section 4). ahead: members kept
-    waiting in the engine, whose order is settled.
+    A member is expected to be as long as the longest rollout of its prompt's last visit, where
+    there was none as the longest of its finished siblings: what may be long comes first. Where
+    neither is known one member probes its prompt before all else, and until it has ended the
+    others count as long as can be (Seer, section 4).
     """
 
     def order(member: Member) -> tuple[float, int, int]:
-        done = member.unit.done
-        known = max(m.tokens for m in done) if done else member.unit.expected
+        known, done = member.unit.expected, member.unit.done
+        if known is None and done:
+            known = max(m.tokens for m in done)
         if known is None:
             probe = member.rollout.sample == 0
             known = math.inf if probe else member.request.sampling.max_tokens
         return (-known, *fifo(member))
 
-    return Schedule(_whole_batch, order, _all_done, drains=True, by_sibling=True, ahead=ahead)
+    return Schedule(_whole_batch, order, _all_done, drains=True, by_sibling=True, ahead=0)
 
 
 def sorted_by_length(
