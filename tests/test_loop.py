@@ -384,13 +384,21 @@ LONG = {"train__steps": 9, "task__graders": '[{name = "digits:gated"}]'}
 """13 lines: evaluations after steps 0, 3, 6, 9"""
 
 
-def test_sigkill_at_random_moments(project: Project, gate: Path) -> None:
+FULL_BUFFER = {
+    "schedule__kind": "april", "schedule__over": 3.0, "correct__mode": "tis",
+    "rollout__max_tokens": 60, "engine__slots": 5, "engine__prefill_rows": 2,
+}  # fmt: skip
+"""more rollouts are interrupted at every update than are trained on"""
+
+
+@pytest.mark.parametrize("changes", [{}, FULL_BUFFER], ids=["sync", "a full buffer"])
+def test_sigkill_at_random_moments(project: Project, gate: Path, changes: dict[str, Any]) -> None:
     delay = random.Random(20)
     run = project.out / "run"
     for lines in (2, 6, 10):
         # the graders wait two lines later, so the kill comes before the end on any machine
         gate.write_text(str(lines + 2))
-        with start(project, gate, train__steps=9) as process:
+        with start(project, gate, train__steps=9, **changes) as process:
             try:
                 wait_for_lines(process, run / "metrics.jsonl", lines)
                 time.sleep(delay.uniform(0, 0.3))
@@ -398,13 +406,19 @@ def test_sigkill_at_random_moments(project: Project, gate: Path) -> None:
                 process.kill()
         assert process.returncode == -signal.SIGKILL
     gate.write_text("1000000")
-    with start(project, gate, train__steps=9) as process:
+    with start(project, gate, train__steps=9, **changes) as process:
         out, _ = process.communicate()
     assert process.returncode == 0, out
     assert "going on from step " in out
-    reference = train(project.config("whole", **LONG)).path
+    reference = train(project.config("whole", **LONG | changes)).path
     assert steps_of(reference) == list(range(1, 10))
     assert_same(run, reference)
+    lines = (run / "checkpoints" / "step-9" / "under_way.jsonl").read_text().splitlines()
+    assert len(lines) == (6 if changes else 0)
+    members = [member for line in lines for member in json.loads(line)["members"]]
+    assert any(m["state"] == "partial" and m["completion"]["token_ids"] for m in members) == bool(
+        changes
+    )
 
 
 def test_ctrl_c(project: Project, gate: Path) -> None:

@@ -167,6 +167,7 @@ class _Run:
             metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
             metrics |= speculation_metrics(stats, parts.engine.stats())
         if self.audit is not None and self.audit.due(step) and metrics["drafted"] > 0:
+            self.collector.park()  # audits want the engine for themselves
             metrics |= self.audit.take(parts, collected.groups, step)
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
             metrics |= self._train(groups, step, collected)
