@@ -374,6 +374,7 @@ CUT = {
     "schedule.kind": "async",
     "schedule.max_lag": "2",
     "schedule.keep_cache": "true",
+    "correct.mode": "tis",
 }
 RACE = {"schedule.kind": "april", "schedule.over": "1.5"}
 """what does not go together with the above, nor with each other"""

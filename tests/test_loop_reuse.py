@@ -631,7 +631,8 @@ def test_without_reuse_nothing_of_it_is_there(
     path = train(project.config(**SHORT | {"train__steps": 3})).path
     assert not stored(path)
     assert sorted(p.name for p in path.iterdir()) == [
-        "checkpoints", "config.toml", "metrics.jsonl", "samples.jsonl", "timeouts.txt",
+        "checkpoints", "config.toml", "metrics.jsonl", "samples.jsonl", "timeline.jsonl",
+        "timeouts.txt",
     ]  # fmt: skip
     for line in records(path):
         assert not {"drafted", "reused_tokens", "tokens_reused", "reward_gap"} & set(line)

@@ -29,15 +29,17 @@ def test_by_hand() -> None:
     after = Stats(capacity=4, slot_seconds=145.0, tokens_resumed=10)
     before.seconds, after.seconds = {"decode": 3.0}, {"decode": 16.0, "prefill": 2.0}
     groups = [group([3, 3], [2, 2, 3, 3]), group([1, 3, 3, 3])]
-    found = Collected(groups, live=groups[:1], tokens_dropped=2, cut=[2], restarts=1, waits=[0, 3])
+    found = Collected(
+        groups, live=groups[:1], tokens_dropped=2, cut=[2], lost=[6], restarts=1, waits=[0, 3]
+    )
     assert schedule_metrics(found, before, after, 20.0, 3) == pytest.approx(
         {
             "goodput": 6 / 20,
             "bubble": 1 - 45 / 60,
             "waste": 1 - 6 / 12,
             "reprefill": 3 / 6,
-            # ends 2 and 4, one cut at 2: all three are there at 2, one at 4
-            "length_bias": 3 / (2 + 2 / 3 * 2),
+            # ends 2, 4 and 6, one cut at 2: four are there at 2, two at 4, one at 6
+            "length_bias": 3 / (2 + 3 / 4 * 2 + 3 / 8 * 2),
             "wait": 1.5,
             "wait_max": 3,
             "restarts": 1,
@@ -93,7 +95,8 @@ def test_starting_anew_favours_the_short() -> None:
         lengths = [[len(r.completion.token_ids) for r in batch] for batch in run.trained()]
         whole = sum(map(sum, lengths)) / sum(map(len, lengths))
         biases = [
-            length_bias(some, one.cut) for some, one in zip(lengths, run.batches, strict=True)
+            length_bias(some, one.cut, one.lost)
+            for some, one in zip(lengths, run.batches, strict=True)
         ]
         found[keep] = (whole, sum(biases) / len(biases))
     # 24 * 32 lengths of sd 50

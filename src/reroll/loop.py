@@ -30,7 +30,7 @@ from reroll.rollout.saved import restore, snapshot
 from reroll.rundir import RunDir
 from reroll.scheduling import apart, make_collector
 from reroll.setup import Parts, open_reuse, prepare
-from reroll.timeline import batch_of, draw_timeline, one_after_another, read_timeline
+from reroll.timeline import batch_of
 from reroll.train import checkpoint
 from reroll.train.trainer import Diverged
 from reroll.types import Group, Purpose
@@ -119,8 +119,6 @@ class _Run:
             self._save()
             raise
         plot_run(self.run)
-        if self.run.timeline_path.exists() and (batches := read_timeline(self.run.timeline_path)):
-            draw_timeline(one_after_another(batches), self.run.path / "timeline.png")
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval.every
@@ -203,7 +201,8 @@ class _Run:
         started = time.perf_counter()
         if self.reuse is not None:
             live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
-            self.reuse.remember(collected.groups, step, parts.engine.policy_version, live)
+            begun = {unit.prompt.row for unit in self.collector.buffer.units()}
+            self.reuse.remember(collected.groups, step, parts.engine.policy_version, live, begun)
         parts.engine.load_weights(trainer.version, keep=self.config.schedule.keep_cache)
         ledger.seconds["sync"] += time.perf_counter() - started
         return scored | trained

@@ -34,7 +34,7 @@ def schedule_metrics(
         "bubble": 1 - busy / (after.capacity * clock) if clock else 0.0,
         "waste": 1 - tokens / max(1, every + collected.tokens_dropped),
         "reprefill": resumed / max(1, tokens),
-        "length_bias": length_bias(trained, collected.cut),
+        "length_bias": length_bias(trained, collected.cut, collected.lost),
         "wait": fmean(collected.waits) if collected.waits else 0.0,
         "wait_max": float(max(collected.waits, default=0)),
         "restarts": float(collected.restarts),
@@ -71,15 +71,17 @@ def oldest(groups: Sequence[Group], version: int) -> dict[str, float]:
     return {"lag_max": float(lag), "versions_max": float(span)}
 
 
-def length_bias(trained: Sequence[int], cut: Sequence[int]) -> float:
-    """Mean length of what is trained on, over that of all that was started.
+def length_bias(trained: Sequence[int], cut: Sequence[int], lost: Sequence[int] = ()) -> float:
+    """Mean length of what is trained on, over that of all that came to an end, or was dropped.
 
-    cut: how far the others had come: their lengths are censored there, and the mean is that of the
-    Kaplan-Meier estimate, up to the longest seen. 1: no bias.
+    cut: how far those had come that were dropped: their lengths are censored there, and the mean is
+    that of the Kaplan-Meier estimate, up to the longest seen. lost: those that had ended. What is
+    kept will be trained on. 1: no bias.
     """
     if not trained:
         return 1.0
-    ends = np.sort(np.asarray(trained, float))
+    mine = sum(trained) / len(trained)
+    ends = np.sort(np.asarray([*trained, *lost], float))
     times = np.concatenate([ends, np.asarray(cut, float)])
     moments, died = np.unique(ends, return_counts=True)
     # at risk at a moment: everything that came at least so far
@@ -87,7 +89,7 @@ def length_bias(trained: Sequence[int], cut: Sequence[int]) -> float:
     survival = np.concatenate([[1.0], np.cumprod(1 - died / at_risk)])
     stops = np.concatenate([[0.0], moments, [max(times.max(), moments[-1])]])
     mean = float((survival * np.diff(stops)).sum())
-    return float(ends.mean()) / mean if mean else 1.0
+    return mine / mean if mean else 1.0
 
 
 def _lengths(groups: Sequence[Group]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pictures of a run: `curves.png`, drawn from metrics.jsonl alone."""
+"""Pictures of a run: `curves.png` from metrics.jsonl, `timeline.png` from timeline.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from reroll.config import load_config
 from reroll.rundir import RunDir
+from reroll.timeline import draw_timeline, one_after_another, read_timeline
 
 _PANELS = (
     ("reward", "mean reward"),
@@ -54,6 +55,8 @@ def plot_run(run: RunDir) -> Path | None:
         axis.set_ylim(bottom=0)
     path = run.path / "curves.png"
     figure.savefig(path, dpi=110)
+    if run.timeline_path.exists() and (batches := read_timeline(run.timeline_path)):
+        draw_timeline(one_after_another(batches), run.path / "timeline.png")
     return path
 
 

@@ -88,6 +88,11 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
     ]
     notes += _trees_notes(config, trainer)
+    if config.schedule.stale and config.correct.mode == "none":
+        notes.append(
+            "schedule: tokens of earlier versions are trained on as they are; correct.mode = 'tis' "
+            "weighs them"
+        )
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
         yield Parts(

@@ -7,7 +7,6 @@ a run. Nothing here says what staleness does to learning: only what a schedule c
 
 import gc
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from reroll.config.simulate import SimulateConfig
 from reroll.engine.clock import Cost
 from reroll.engine.simulated import SimulatedEngine
 from reroll.occupancy import lag_metrics, length_bias, schedule_metrics
-from reroll.rollout.buffer import Buffer, State, Unit
+from reroll.rollout.buffer import Buffer, Unit
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import Collected, CollectSpec
 from reroll.rollout.decisions import Decisions, Graded
@@ -96,6 +95,7 @@ class _Sums:
     restarts: float = 0.0
     lengths: list[int] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
     waits: list[int] = field(default_factory=list)
 
 
@@ -191,8 +191,8 @@ class _Run:
         sums.resumed += metrics["reprefill"] * tokens
         sums.restarts += metrics["restarts"]
         sums.lag_max = max(sums.lag_max, metrics["lag_max"] + self.arm.split - 1)
-        # what is kept is seen again, whole
-        sums.cut += (Counter(collected.cut) - Counter(self._kept())).elements()
+        sums.cut += collected.cut
+        sums.lost += collected.lost
         sums.waits += collected.waits
         return tokens
 
@@ -201,11 +201,6 @@ class _Run:
         buffer = self.buffer
         _take_apart([*buffer.flying.values(), *buffer.ready, *buffer.deferred])
         del self.collector, self.buffer, self.engine
-
-    def _kept(self) -> list[int]:
-        """Tokens of each rollout that is interrupted and to be resumed."""
-        flying = self.buffer.flying.values()
-        return [m.tokens for unit in flying for m in unit.members if m.state is State.PARTIAL]
 
     def figures(self) -> dict[str, float]:
         """Of all batches since `measure`."""
@@ -218,7 +213,7 @@ class _Run:
             "offpolicy_tokens": sums.stale / sums.trained,
             "lag_max": sums.lag_max,
             "reprefill": sums.resumed / sums.trained,
-            "length_bias": length_bias(sums.lengths, sums.cut + self._kept()),
+            "length_bias": length_bias(sums.lengths, sums.cut, sums.lost),
             "wait_p99": float(late),
             "wait_max": float(max(sums.waits, default=0)),
             "restarts": sums.restarts,

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +40,13 @@ SCHEDULES: dict[str, Schedule] = {
     "async, cache kept": asynchronous(PATIENCE, keep_cache=True),
     "async, one step": asynchronous(1, keep_cache=False),
 }
-ON_POLICY = ("sync", "longest_first", "tail_batch")
+ON_POLICY = (
+    "sync",
+    "longest_first",
+    "tail_batch",
+    "sorted, on-policy",
+    "sorted, on-policy, refill",
+)
 
 
 def tailed(seed: int, spread: float) -> Any:
@@ -70,6 +77,7 @@ def check(buffer: Buffer) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(list(SCHEDULES)),
+    ahead=st.sampled_from([None, 1, 4]),
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 6),
     samples=st.integers(1, 4),
@@ -78,9 +86,16 @@ def check(buffer: Buffer) -> None:
     apart=st.booleans(),
 )
 def test_nothing_is_lost_trained_twice_or_starved(
-    name: str, seed: int, batch: int, samples: int, slots: int, spread: float, apart: bool
+    name: str,
+    ahead: int | None,
+    seed: int,
+    batch: int,
+    samples: int,
+    slots: int,
+    spread: float,
+    apart: bool,
 ) -> None:
-    schedule = SCHEDULES[name]
+    schedule = replace(SCHEDULES[name], ahead=ahead)
     apart = apart and name != "tail_batch" and not schedule.drains
     batch *= samples if apart else 1
     run = Simulation(
@@ -175,7 +190,7 @@ def snapshot_of_lengths(buffer: Buffer) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "async, cache kept"])
 @pytest.mark.parametrize("apart", [False, True])
 def test_saved_and_gone_on_with_it_is_the_same_run(name: str, apart: bool) -> None:
-    schedule = SCHEDULES[name]
+    schedule = replace(SCHEDULES[name], ahead=2)
     apart = apart and name != "tail_batch" and not schedule.drains
     how: Any = dict(
         length=tailed(5, 1.2), batch=3, samples=3, slots=7, b0=4.0, apart=apart,

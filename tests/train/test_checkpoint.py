@@ -92,7 +92,7 @@ def test_a_checkpoint_is_a_hugging_face_folder(trainer, tokenizer, tmp_path):
     text = "12 + 7 ="
     assert AutoTokenizer.from_pretrained(path).encode(text) == tokenizer.encode(text)
     suffixes = {name.rpartition(".")[2] for name in files(path)}
-    assert suffixes <= {"safetensors", "json", "jinja", "txt"}  # nothing that is unpickled
+    assert suffixes <= {"safetensors", "json", "jsonl", "jinja", "txt"}  # nothing that is unpickled
     assert files(tmp_path)[0] == "step-1"  # and nothing temporary is left
 
 

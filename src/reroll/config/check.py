@@ -208,6 +208,17 @@ def _schedule(config: "Config") -> str | None:
             f"schedule.kind = {schedule.kind!r} and algo.advantage = {config.algo.advantage!r} a "
             "batch is made of single rollouts; set one of the three otherwise"
         )
+    strict = schedule.kind == "sorted" and not schedule.refill
+    if config.algo.dynamic_sampling and (strict or schedule.kind == "tail_batch"):
+        return (
+            f"algo.dynamic_sampling = true: schedule.kind = {schedule.kind!r} takes in no prompts "
+            "for those left out; use schedule.refill = true, 'april' or 'async', or false here"
+        )
+    if schedule.keep_cache and config.correct.mode == "none":
+        return (
+            "schedule.keep_cache = true: tokens behind keys and values of older weights are of no "
+            "version's law; set correct.mode to 'tis', 'decoupled' or 'mask'"
+        )
     if schedule.kind == "tail_batch" and apart:
         return (
             "schedule.kind = 'tail_batch': it races the samples of a group, and algo.advantage = "

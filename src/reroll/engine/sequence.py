@@ -165,7 +165,7 @@ class Sequence:
         self.completion.finish, self.completion.abort_reason = Finish.ABORT, reason
         return self.completion
 
-    def check(self, capacity: int) -> None:
+    def check(self, capacity: int = 1 << 62) -> None:
         """Streams are aligned, and all tokens but the last have keys and values, in one slot."""
         c = self.completion
         streams = (c.logprobs, c.behaviour_logprobs, c.versions, c.loss_mask)

@@ -14,10 +14,11 @@ Everything here is counted in members and updates (batches handed out), never in
 
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from heapq import heappop, heappush
+from itertools import chain
 from typing import Any
 
 from reroll.rollout.refill import missing
@@ -47,6 +48,10 @@ class Member:
     state: State = State.QUEUED
     stamp: int = 0
     """which of its entries in the queue is the valid one"""
+    lost: list[int] = field(default_factory=list)
+    """tokens that it lost and that are drafts of its own, where noise is held"""
+    drafts_lost: int = 0
+    """of its request's drafts, the first, that are such tokens"""
 
     @property
     def tokens(self) -> int:
@@ -157,6 +162,10 @@ class Buffer:
             return 0
         return min(missing(len(self.ready), self.admitted, self.batch), self.allowed())
 
+    def units(self) -> Iterator[Unit]:
+        """All that are not trained on."""
+        return chain(self.flying.values(), self.ready, self.deferred)
+
     # --- a member's way ---------------------------------------------------------------------------
 
     def next_request(self) -> int:
@@ -188,10 +197,11 @@ class Buffer:
         queue = self._queue
         while queue:
             _, stamp, member = queue[0]
-            if stamp != member.stamp or member.state not in _WAITING:
+            unit = member.unit
+            void = stamp != member.stamp or unit.index not in self.flying
+            if void or member.state not in _WAITING:
                 heappop(queue)
                 continue
-            unit = member.unit
             if unit.since is None:
                 if self.starts.total() >= self._most:
                     return None
@@ -224,8 +234,8 @@ class Buffer:
     # --- a unit's way -----------------------------------------------------------------------------
 
     def set_aside(self, unit: Unit) -> None:
-        """The unit that has just become ready is not worth training on."""
-        assert self.ready.pop() is unit, "the last one that became ready"
+        """A ready unit is not worth training on."""
+        self.ready.remove(unit)
         self._forget(unit)
         self.aside.append(unit)
 
@@ -257,6 +267,8 @@ class Buffer:
         """Put a unit without tokens off."""
         self._forget(unit)
         unit.since = None
+        for member in unit.members:
+            member.stamp += 1
         self._land(unit)
         self.deferred.append(unit)
 

@@ -26,7 +26,7 @@ from reroll.rollout.collected import (
     grade_job,
     groups_of,
 )
-from reroll.rollout.decisions import NOTHING, Decisions, Start
+from reroll.rollout.decisions import NOTHING, RESTART, Decisions, Start
 from reroll.rollout.policies import Fate, Schedule, fifo, sample_by_sample, sync
 from reroll.rollout.refill import has_signal
 from reroll.tasks.pool import Grade
@@ -40,9 +40,6 @@ from reroll.types import (
 
 Source = Callable[[int, int], tuple[Sequence[Prompt], Sequence[int]]]
 """(place in the stream, count) -> (prompts, visits); fewer where the stream ends"""
-
-RESTART = 1 << 32
-"""added to a rollout's visit in its noise key at each fresh start, far above any epoch"""
 
 
 class Collector:
@@ -65,7 +62,8 @@ class Collector:
     ) -> None:
         self.engine, self.graders, self.decode, self.source = engine, graders, decode, source
         self.spec, self.schedule, self.buffer, self.decisions = spec, schedule, buffer, decisions
-        staggers = decisions.stagger and schedule.order is fifo
+        # what is interrupted has to come before what was never started
+        staggers = decisions.stagger and schedule.order is fifo and schedule.drains
         self.order = sample_by_sample if staggers else schedule.order
         self._graded: dict[int, Rollout] = {}
         """rollouts whose grades have been asked for, by request id"""
@@ -100,8 +98,7 @@ class Collector:
 
     def park(self) -> None:
         """Take out what a schedule left in the engine; it keeps its tokens."""
-        if self.buffer.running:
-            self._interrupt(Fate.KEEP)
+        self._interrupt(Fate.KEEP)
 
     # --- in ---------------------------------------------------------------------------------------
 
@@ -111,6 +108,8 @@ class Collector:
         if schedule.recalls and not buffer.under_way() and len(buffer.deferred) >= buffer.batch:
             for _ in range(buffer.batch):
                 self.queue(buffer.recall())
+        if buffer.bound is not None and schedule.drains and not buffer.flying:
+            self._judge()
         if count := schedule.admit(buffer):
             self._admit(count)
         room = math.inf if schedule.ahead is None else buffer.slots + schedule.ahead
@@ -167,8 +166,10 @@ class Collector:
 
     def renew(self, member: Member, request_id: int) -> None:
         """The request of a member that has another key visit now."""
-        key = self._key(member.rollout)
-        member.request = replace(member.request, id=request_id, key=key)
+        lost = (Draft(member.lost),) if member.lost else ()
+        drafts = (*lost, *member.request.drafts[member.drafts_lost :])
+        member.drafts_lost, key = len(lost), self._key(member.rollout)
+        member.request = replace(member.request, id=request_id, key=key, drafts=drafts)
 
     def _key(self, rollout: Rollout) -> int:
         spec = self.spec
@@ -179,12 +180,11 @@ class Collector:
 
     def _end(self, completion: Completion) -> None:
         """A rollout ended by itself: graded, unless its unit needs it no more."""
-        buffer = self.buffer
-        member = buffer.running[completion.request_id]
-        ready = buffer.finish(member, completion)
+        member = self.buffer.running[completion.request_id]
+        ready = self.buffer.finish(member, completion)
         self._ended += 1
         if member.state is State.DROPPED:
-            self._drop(member)
+            self._drop(member, ended=True)
             return
         rollout, unit = member.rollout, member.unit
         rollout.text = self.decode(completion.token_ids)
@@ -194,16 +194,20 @@ class Collector:
         else:
             rollout.reward, rollout.rewards = known
             self._collected.tokens_known += member.tokens
-        if ready and buffer.bound is not None:
-            self._wait_for_grades()
-            if not has_signal(unit.group()):
-                buffer.set_aside(unit)
+        if ready and self.buffer.bound is not None and not self.schedule.drains:
+            self._judge()
         elif self.schedule.by_sibling and not ready:
             self.queue(unit)
 
-    def _drop(self, member: Member) -> None:
+    def _judge(self) -> None:
+        """Set aside ready units without signal, once every grade that is due is there."""
+        self._wait_for_grades()
+        for unit in [u for u in self.buffer.ready if not has_signal(u.group())]:
+            self.buffer.set_aside(unit)
+
+    def _drop(self, member: Member, ended: bool) -> None:
         self._collected.tokens_dropped += member.tokens
-        self._collected.cut.append(member.tokens)
+        (self._collected.lost if ended else self._collected.cut).append(member.tokens)
 
     def _hand_over(self, units: list[Unit]) -> Collected:
         """Clear the engine as the schedule wants it, and settle the batch."""
@@ -211,12 +215,11 @@ class Collector:
         aside = list(buffer.aside)
         buffer.take(units)
         self._wait_for_grades()
-        if fate is not Fate.GO_ON and buffer.running:
+        if fate is not Fate.GO_ON:
             self._interrupt(fate)
         if fate in (Fate.RESTART, Fate.DEFER):
             begun = [unit for unit in buffer.flying.values() if unit.since is not None]
-            late = list(buffer.ready) if fate is Fate.DEFER else []
-            for unit in [*begun, *late]:
+            for unit in [*begun, *buffer.ready]:
                 self._start_anew(unit)
             if fate is Fate.DEFER:
                 for unit in list(buffer.flying.values()):
@@ -237,27 +240,23 @@ class Collector:
             member.rollout.completion = completion
             if member.unit.index not in buffer.flying:
                 member.state = State.DROPPED
-                self._drop(member)
+                self._drop(member, ended=False)
                 continue
             member.state = State.PARTIAL if member.tokens else State.QUEUED
             if fate is Fate.KEEP:
-                self._collected.cut.append(member.tokens)
                 buffer.push(member, self.order(member))
 
     def _start_anew(self, unit: Unit) -> None:
         """Drop what a unit has; its members get other noise, unless that is held."""
-        drafts = [member.rollout.completion.token_ids for member in unit.members]
         for member in unit.members:
             if member.tokens and member.state is not State.DROPPED:
-                self._drop(member)
+                self._drop(member, ended=member.state is State.DONE)
                 self._collected.restarts += 1
+            if self.spec.held and member.tokens and not member.request.lenience:
+                member.lost = member.rollout.completion.token_ids
         self.buffer.reset(unit)
-        for member, draft in zip(unit.members, drafts, strict=True):
-            if not self.spec.held:
-                member.rollout.key_visit += RESTART
-            elif draft and not member.request.lenience:
-                drafts_of = (Draft(draft), *member.request.drafts)
-                member.request = replace(member.request, drafts=drafts_of)
+        for member in unit.members:
+            member.rollout.key_visit += 0 if self.spec.held else RESTART
             self.renew(member, self.buffer.next_request())
         if self.schedule.fate is Fate.RESTART:
             self.queue(unit)
@@ -296,5 +295,6 @@ def collect(
     def source(start: int, count: int) -> tuple[Sequence[Prompt], Sequence[int]]:
         return prompts[start : start + count], visits[start : start + count]
 
-    collector = Collector(engine, graders, decode, source, spec, sync(), buffer, decisions)
+    whole = replace(spec, apart=False)
+    collector = Collector(engine, graders, decode, source, whole, sync(), buffer, decisions)
     return collector.next(progress)

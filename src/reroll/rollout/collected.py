@@ -71,7 +71,9 @@ class Collected:
     tokens_dropped: int = 0
     """drawn since the last batch, or kept until then, and never to be trained on"""
     cut: list[int] = field(default_factory=list)
-    """tokens of each rollout that was interrupted or dropped, as far as it had come"""
+    """tokens of each rollout that was dropped before it ended"""
+    lost: list[int] = field(default_factory=list)
+    """tokens of each rollout that had ended and was dropped"""
     restarts: int = 0
     """rollouts that lost tokens and are started anew"""
     waits: list[int] = field(default_factory=list)

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from reroll.types import Draft, Lenience, Prompt, Rollout
 
+RESTART = 1 << 32
+"""added to a rollout's visit in its noise key each time it is started anew, far above any epoch"""
+
 
 class Start(NamedTuple):
     """How one rollout starts."""

@@ -137,7 +137,8 @@ def sorted_by_length(
 
     def admit(buffer: Buffer) -> int:
         idle = refill and buffer.active < buffer.slots
-        return batches * buffer.batch if idle or not buffer.under_way() else 0
+        wanted = batches * buffer.batch if idle or not buffer.under_way() else 0
+        return min(wanted, buffer.allowed())
 
     def harvest(buffer: Buffer) -> list[Unit] | None:
         chosen = _first_ready(buffer, patience)

@@ -7,14 +7,14 @@ most of its old rollout comes out again; exact too, but the weights were trained
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean
 
 import numpy as np
 
 from reroll.algo.noise import share
 from reroll.config import ReuseSection
-from reroll.rollout.decisions import Decisions, Graded, Start
+from reroll.rollout.decisions import RESTART, Decisions, Graded, Start
 from reroll.rollout.store import Past, Store, prompt_hash
 from reroll.types import Draft, Finish, Group, Lenience, Prompt, Rollout
 
@@ -66,8 +66,16 @@ class Reuse:
                 return Graded(past.reward, dict(past.rewards))
         return None
 
-    def remember(self, groups: Iterable[Group], step: int, version: int, trained: set[int]) -> None:
-        """Write a step's rollouts; one transaction. trained: ids of those with gradient."""
+    def remember(
+        self,
+        groups: Iterable[Group],
+        step: int,
+        version: int,
+        trained: set[int],
+        under_way: Collection[int] = (),
+    ) -> None:
+        """Write a step's rollouts; one transaction. trained: ids of those with gradient. under_way:
+        rows of the problems that have other rollouts begun."""
         rows = []
         for group in groups:
             name = prompt_hash(group.prompt.token_ids)
@@ -75,7 +83,7 @@ class Reuse:
                 (name, self._as_past(r, step, version, id(r) in trained)) for r in group.rollouts
             ]
         self.store.put(step, rows)
-        self._past.clear()
+        self._past = {row: past for row, past in self._past.items() if row in under_way}
 
     def metrics(self, groups: Sequence[Group], version: int) -> dict[str, float]:
         """What was reused of a batch; see docs/glossary.md."""
@@ -127,7 +135,7 @@ class Reuse:
     def _held_visit(self, prompt: Prompt, past: Sequence[Past], visit: int, sample: int) -> int:
         """The visit whose noise this sample gets: the last one's, unless its key is redrawn."""
         own = next((p for p in past if p.sample == sample), None)
-        if own is None or visit - own.noise_visit > self.config.max_age:
+        if own is None or visit - own.noise_visit % RESTART > self.config.max_age:
             return visit
         if own.visit < visit - 1:  # one in between is under way in this step, on that very key
             return visit

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from reroll.errors import UserError
 from reroll.rollout.buffer import Buffer, Member, State, Unit
 from reroll.rollout.collect import Collector
 from reroll.types import Completion, Finish, Prompt
@@ -27,15 +28,21 @@ def snapshot(buffer: Buffer) -> dict[str, Any]:
 
 
 def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-    """Put a snapshot into a new collector. Raises KeyError for prompts that are not there."""
+    """Put a snapshot into a new collector. Raises UserError for problems that are gone."""
     buffer, rows = collector.buffer, {prompt.row: prompt for prompt in prompts}
     buffer.lengths.update({int(row): length for row, length in saved["lengths"].items()})
     for one in saved["units"]:
+        if one["row"] not in rows:
+            raise UserError(
+                f"task: problem {one['row']} has rollouts in the checkpoint and is not among the "
+                "training problems any more; go on with the task as it was"
+            )
         unit = Unit(one["index"], rows[one["row"]], one["visit"], one["need"], one["admitted"])
         unit.since = one["since"]
-        starts = collector.decisions.start(unit.prompt, unit.visit, len(one["members"]))
-        for state, start in zip(one["members"], starts, strict=True):
-            collector.join(unit, state["sample"], start)
+        most = 1 + max(state["sample"] for state in one["members"])
+        starts = collector.decisions.start(unit.prompt, unit.visit, most)
+        for state in one["members"]:
+            collector.join(unit, state["sample"], starts[state["sample"]])
             _fill(unit.members[-1], state, collector)
         by_sample = {member.rollout.sample: member for member in unit.members}
         unit.done = [by_sample[sample] for sample in one["done"]]
@@ -72,13 +79,14 @@ def _member(member: Member) -> dict[str, Any]:
         "sample": member.rollout.sample,
         "state": State.QUEUED if gone else member.state,
         "request": member.request.id,
+        "lost": member.lost,
         "rollout": {name: getattr(member.rollout, name) for name in _ROLLOUT},
         "completion": {f.name: getattr(completion, f.name) for f in fields(completion)},
     }
 
 
 def _fill(member: Member, saved: dict[str, Any], collector: Collector) -> None:
-    member.state = State(saved["state"])
+    member.state, member.lost = State(saved["state"]), saved["lost"]
     for name in _ROLLOUT:
         setattr(member.rollout, name, saved["rollout"][name])
     completion = Completion(**saved["completion"])

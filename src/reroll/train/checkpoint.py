@@ -93,6 +93,11 @@ def load(path: Path, trainer: Trainer) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / "state.json").read_text())
+        if "cursor" in state:  # of the time before rollouts could be under way
+            raise UserError(
+                f"{path}: written by an older version of reroll; start in another run.out, with "
+                f"model.path = {str(path)!r} to go on from its weights"
+            )
         with (path / "under_way.jsonl").open() as lines:
             state["under_way"]["units"] = [json.loads(line) for line in lines]
         inner = state["trainer"] | {"moments": load_file(path / "optimizer.safetensors")}
@@ -102,6 +107,8 @@ def load(path: Path, trainer: Trainer) -> dict[str, Any]:
                 for name in ("weights", "moments")
             }
         trainer.load_state(inner)
+    except UserError:
+        raise
     except (
         Exception
     ) as error:  # truncated or foreign files fail in many ways, all the user's to see
