@@ -89,7 +89,7 @@ def test_what_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [line.get_xdata()[0] for line in axis.lines] == [3]
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
         "finished, trained on", "interrupted, resumed later", "idle slot",
-        "between batches: training",
+        "between batches: training, reading again",
     ]  # fmt: skip
 
 

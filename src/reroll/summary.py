@@ -36,6 +36,7 @@ def print_summary(run: RunDir, console: Console | None = None) -> dict[str, Any]
         run.metrics_path,
         run.samples_path,
         run.path / "curves.png",
+        run.path / "timeline.png",
     ):
         if path is not None and path.exists():
             console.print(f"  {path}", soft_wrap=True)

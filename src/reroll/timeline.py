@@ -182,7 +182,7 @@ def _legend(axis: Any, columns: int) -> None:
 
     handles, labels = axis.get_legend_handles_labels()
     handles += [Patch(facecolor=c, edgecolor="#999999") for c in (_IDLE, _TRAINING)]
-    labels += ["idle slot", "between batches: training"]
+    labels += ["idle slot", "between batches: training, reading again"]
     axis.figure.legend(
         handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=9
     )
