@@ -358,7 +358,6 @@ THE_REST = {
     "reuse.window": "32",
     "reuse.audit_every": "7",
     "reuse.audit_prompts": "3",
-    "reuse.stagger": "true",
     "reuse.refresh": "trained",
     "reuse.max_age": "3",
     "schedule.kind": "sorted",
@@ -376,13 +375,14 @@ CUT = {
     "schedule.keep_cache": "true",
     "correct.mode": "tis",
 }
+STAGGER = {"reuse.on": "true", "reuse.stagger": "true"}
 RACE = {"schedule.kind": "april", "schedule.over": "1.5"}
 """what does not go together with the above, nor with each other"""
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
     configs = [load_config(write(tmp_path, EVERYTHING))]
-    configs += [load_config(None, flags) for flags in (THE_REST, CUT, RACE)]
+    configs += [load_config(None, flags) for flags in (THE_REST, CUT, RACE, STAGGER)]
     changed = {line.partition(":")[0] for c in configs for line in differences(Config(), c)}
     assert changed == {key for key, _ in settings(Config())}
     for each in (*configs, Config()):

@@ -198,8 +198,7 @@ class _Run:
 
     def close(self) -> None:
         """Let go of everything under way."""
-        buffer = self.buffer
-        _take_apart([*buffer.flying.values(), *buffer.ready, *buffer.deferred])
+        _take_apart(list(self.buffer.units()))
         del self.collector, self.buffer, self.engine
 
     def figures(self) -> dict[str, float]:

@@ -208,6 +208,11 @@ def _schedule(config: "Config") -> str | None:
             f"schedule.kind = {schedule.kind!r} and algo.advantage = {config.algo.advantage!r} a "
             "batch is made of single rollouts; set one of the three otherwise"
         )
+    if config.reuse.stagger and schedule.kind != "sync":
+        return (
+            f"reuse.stagger = true: has no effect with schedule.kind = {schedule.kind!r}, which "
+            "has an order of its own; use 'sync', or false here"
+        )
     strict = schedule.kind == "sorted" and not schedule.refill
     if config.algo.dynamic_sampling and (strict or schedule.kind == "tail_batch"):
         return (

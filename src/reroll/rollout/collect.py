@@ -4,7 +4,7 @@ A `Collector` takes prompts in, steps the engine, hands each rollout to the grad
 ends (they work in other processes, the engine never waits for them) and gives back a batch when its
 schedule says that one is due. It owns what is under way: what a batch leaves unfinished is kept,
 with its tokens or without, for the next one (`rollout/buffer.py`). When prompts come in, in what
-order rollouts run, when a batch is due and what becomes of the rest are four functions
+order rollouts run, when a batch is due and what becomes of the rest the schedule says
 (`rollout/policies.py`); under the null schedule everything started is finished and nothing is
 stale. What changes which tokens are sampled or trained never reads the clock, so a run can be
 repeated and resumed.
@@ -105,7 +105,7 @@ class Collector:
     def _due(self) -> list[Unit] | None:
         """Take in and submit what is to be; then ask whether a batch is due."""
         buffer, schedule = self.buffer, self.schedule
-        if schedule.recalls and not buffer.under_way() and len(buffer.deferred) >= buffer.batch:
+        if not buffer.under_way() and len(buffer.deferred) >= buffer.batch:
             for _ in range(buffer.batch):
                 self.queue(buffer.recall())
         if buffer.bound is not None and schedule.drains and not buffer.flying:

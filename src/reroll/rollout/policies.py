@@ -1,8 +1,8 @@
 """Schedules: when prompts come in, in what order rollouts run, when a batch is due, and what
 becomes of what is unfinished then.
 
-A schedule is four functions of the buffer (`rollout/buffer.py`), which counts units and updates and
-never reads the clock, so a resumed run is scheduled as the uninterrupted one would have been:
+A schedule is three functions and a fate. They see the buffer (`rollout/buffer.py`), which counts
+units and updates and never reads the clock, so a resumed run is scheduled as the uninterrupted one:
 
     admit    how many units to take in now
     order    a member's place in the queue, smallest first
@@ -32,7 +32,7 @@ class Fate(StrEnum):
     RESTART = "restart"
     """its tokens are dropped and its prompt is started anew, first"""
     DEFER = "defer"
-    """its tokens are dropped and its prompt is put off"""
+    """its tokens are dropped and its prompt is put off, to a round of such prompts alone"""
     GO_ON = "go on"
     """left in the engine while the weights change, cache and all"""
 
@@ -55,8 +55,6 @@ class Schedule:
     """members started for each that a unit needs"""
     drains: bool = False
     """whether everything has ended when a batch is due, so that nothing is ever interrupted"""
-    recalls: bool = False
-    """whether units put off make a round of their own once they are a batch"""
 
 
 def fifo(member: Member) -> tuple[int, int]:
@@ -173,7 +171,7 @@ def tail_batch(over: float) -> Schedule:
     def harvest(buffer: Buffer) -> list[Unit] | None:
         return _first_ready(buffer, None)
 
-    return Schedule(admit, fifo, harvest, Fate.DEFER, extra=over, recalls=True)
+    return Schedule(admit, fifo, harvest, Fate.DEFER, extra=over)
 
 
 def asynchronous(patience: int, keep_cache: bool) -> Schedule:
