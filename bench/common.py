@@ -117,11 +117,13 @@ def commit() -> str:
     return (head.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int = 100
+) -> None:
     """Print a table, first column left, the others right."""
     made = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         made.add_row(*map(str, row))
-    Console(width=max(100, Console().width)).print(made)
+    Console(width=max(width, Console().width)).print(made)

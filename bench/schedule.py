@@ -1,17 +1,21 @@
 """Schedules on the real engine: what each makes of the same slots, and what is learnt meanwhile.
 
-The demo policy on chain sums of 3 to 20 terms, whose replies are 5 to 130 tokens long. Two regimes:
+The demo policy on chain sums of 3 to 20 terms, whose replies are 5 to 200 tokens long:
 
-    a   as many rollouts as slots, few enough that a tick is mostly latency: without a schedule the
-        long ones finish alone. Every arm trains on the same number of rollouts; stale tokens are
-        corrected (truncated importance sampling) wherever there are any
-    b   eight times as many rollouts as slots, several epochs: the same tokens, in the order of the
-        prompts' last lengths
+    a   as many rollouts as slots, few enough that a tick is mostly latency, and a long tail of
+        lengths (`bench/chain.py`): without a schedule the long ones finish alone. REINFORCE++ with
+        one rollout a prompt, as SortedRL has it; every arm trains on the same number of rollouts;
+        stale tokens are corrected (truncated importance sampling) wherever there are any
+    b   eight times as many rollouts as slots, 3 to 20 terms equally often, several epochs: the same
+        tokens, in the order of the prompts' last lengths (Dr. GRPO)
+    g   like a, in groups of four under Dr. GRPO: siblings are of a length, and a batch waits for
+        whole groups
 
 `sync_4x` collects four batches at once and takes four optimizer steps on them: the cheapest rival,
 without any machinery. Goodput is trained completion tokens per second of rollout; held-out reward
 is that of the last evaluation, after as many trained rollouts in every arm. Intervals are Student's
-t over seeds. `--quick` leaves arms, steps and seeds out and has no intervals.
+t over seeds, of differences and ratios to `sync` with the same seed. `--quick` leaves arms, steps
+and seeds out and has no intervals.
 
     python -m bench.schedule [--quick] [--fresh]
 """
@@ -24,8 +28,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.stats import t as student
 from transformers.utils import logging
 
+from bench.chain import write_problems
 from bench.common import Parts, arguments, table
 from reroll.config import load_config
 from reroll.config.load import load_settings
@@ -34,21 +40,27 @@ from reroll.loop import train
 from reroll.simulate import run_arm
 from reroll.workload import make_arms, make_cost, make_replies
 
-SEEDS = (0, 1)
-T_95 = {2: 12.706, 3: 4.303}
-TASK = {
-    "task.params": "{min_terms = 3, max_terms = 20, min_digits = 1, max_digits = 2}",
+SEEDS = {"a": (0, 1, 2, 3), "b": (0, 1, 2, 3), "g": (0, 1)}
+COMMON = {
     "rollout.max_tokens": "300",
     "run.threads": "2",
     "log.display": "off",
-    "log.timeline": "6",
+    "log.timeline": "0",
     "checkpoint.every": "1000",
     "train.learning_rate": "2e-4",
+    "eval.samples": "4",
+}
+EVEN = {"task.params": "{min_terms = 3, max_terms = 20, min_digits = 2, max_digits = 2}"}
+TAIL = {
+    "task.source": "jsonl",
+    "task.params": "{}",
+    "task.template": "{prompt}\n",
+    "task.graders": "[{ name = 'bench.chain:score' }]",
 }
 STALE = {"correct.mode": "tis"}
 ARMS_A: dict[str, dict[str, str]] = {
     "sync": {},
-    "sync_4x": {"rollout.prompts": "16", "train.minibatches": "4"},
+    "sync_4x": {"rollout.prompts": "64", "train.minibatches": "4"},
     "longest_first": {"schedule.kind": "longest_first"},
     "sorted_on_policy": {
         "schedule.kind": "sorted",
@@ -58,31 +70,58 @@ ARMS_A: dict[str, dict[str, str]] = {
     "sorted_refill": {"schedule.kind": "sorted", **STALE},
     "april": {"schedule.kind": "april", "schedule.over": "2.0", **STALE},
 }
-ARMS_B: dict[str, dict[str, str]] = {
-    "sync": {},
-    "longest_first": {"schedule.kind": "longest_first"},
+ARMS: dict[str, dict[str, dict[str, str]]] = {
+    "a": ARMS_A,
+    "b": {name: ARMS_A[name] for name in ("sync", "longest_first")},
+    "g": {name: ARMS_A[name] for name in ("sync", "sync_4x", "sorted_refill", "april")},
 }
-SIZE_A = {"rollout.prompts": "4", "rollout.samples": "4", "engine.slots": "16"}
-SIZE_B = {"rollout.prompts": "16", "rollout.samples": "8", "engine.slots": "16"}
-FULL_A = {"train.steps": "192", "task.train_size": "512", "task.eval_size": "128"}
-FULL_B = {"train.steps": "24", "task.train_size": "96", "task.eval_size": "32"}
-QUICK_A = {"train.steps": "4", "task.train_size": "64", "task.eval_size": "4"}
-QUICK_B = {"train.steps": "4", "task.train_size": "32", "task.eval_size": "4"}
+ARMS["g"]["sync_4x"] = ARMS_A["sync_4x"] | {"rollout.prompts": "16"}
+SLOTS = {"engine.slots": "16"}
+SINGLE = {"algo.name": "reinforce_pp", "rollout.prompts": "16", "rollout.samples": "1", **SLOTS}
+GROUPS = {"rollout.prompts": "4", "rollout.samples": "4", **SLOTS}
+MANY = {"rollout.prompts": "16", "rollout.samples": "8", **SLOTS}
+SIZE = {"a": TAIL | SINGLE, "b": EVEN | MANY, "g": TAIL | GROUPS}
+FULL = {
+    "a": {"train.steps": "128", "task.train_size": "2048", "task.eval_size": "256"},
+    "b": {"train.steps": "24", "task.train_size": "96", "task.eval_size": "32"},
+    "g": {"train.steps": "128", "task.train_size": "512", "task.eval_size": "256"},
+}
+QUICK_ARMS = {"a": ("sync", "sorted_refill", "april"), "b": ("sync", "longest_first")}
+QUICK = {
+    "a": {"train.steps": "8", "task.train_size": "128", "task.eval_size": "4"},
+    "b": {
+        "train.steps": "4",
+        "rollout.prompts": "8",
+        "task.train_size": "16",
+        "task.eval_size": "4",
+    },
+}
 BEST = ("sorted_refill", "april")
 """arms with stale tokens, the best of which the keys are about"""
+TITLES = {
+    "a": "a: as many rollouts as slots (16), a long tail",
+    "b": "b: eight times as many rollouts as slots, epochs 2 and later",
+    "g": "g: the same in groups of four",
+}
 REQUESTS = (1_000, 10_000, 100_000, 1_000_000)
 """of the simulations whose time is measured, on slots for a quarter of them"""
 
 
 def run(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     """Train one arm with one seed: its figures step by step, and its evaluations."""
-    arms, size = (ARMS_A, SIZE_A) if regime == "a" else (ARMS_B, SIZE_B)
-    full, small = (FULL_A, QUICK_A) if regime == "a" else (FULL_B, QUICK_B)
-    settings = {**TASK, **size, **(small if quick else full), **arms[arm]}
-    wide = int(settings["rollout.prompts"]) // int(size["rollout.prompts"])
+    size = (QUICK if quick else FULL)[regime]
+    settings = {**COMMON, **SIZE[regime], **size, **ARMS[regime][arm]}
+    prompts = SIZE[regime]["rollout.prompts"]
+    wide = int(ARMS[regime][arm].get("rollout.prompts", prompts)) // int(prompts)
     settings["train.steps"] = str(int(settings["train.steps"]) // wide)
     with tempfile.TemporaryDirectory() as folder:
-        settings |= {"run.out": f"{folder}/run", "run.seed": str(seed), "eval.samples": "4"}
+        if "task.source" in SIZE[regime]:
+            # twice as many held-out ones: those that also stand in the training split are left out
+            for number, (name, split) in enumerate((("name", "train"), ("eval_name", "eval")), 1):
+                path = Path(folder) / f"{split}.jsonl"
+                write_problems(path, number * int(settings[f"task.{split}_size"]), seed=number)
+                settings[f"task.{name}"] = str(path)
+        settings |= {"run.out": f"{folder}/run", "run.seed": str(seed)}
         demo = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"
         config = load_config(demo, settings)
         started = time.perf_counter()
@@ -175,7 +214,7 @@ def interval(values: Sequence[float]) -> list[float] | None:
     """Student's t, 95 %; None for a single seed."""
     if len(values) < 2:
         return None
-    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return [round(fmean(values) - half, 4), round(fmean(values) + half, 4)]
 
 
@@ -206,58 +245,39 @@ def show(regime: str, found: dict[str, list[dict[str, float]]], title: str) -> N
         regime, "goodput", "rel", "bubble", "waste", "stale", "lag", "bias", "again", "held-out",
         "gain/1000 s", "roll s", "train s",
     )  # fmt: skip
-    table(title, columns, rows)
+    table(title, columns, rows, width=130)
 
 
 def main() -> None:
     args = arguments(__doc__ or "")
     logging.disable_progress_bar()
     parts = Parts("schedule", args)
-    seeds = SEEDS[:1] if args.quick else SEEDS
-    arms_a = [*ARMS_A] if not args.quick else ["sync", "sorted_refill", "april"]
-    detail: dict[str, Any] = {"a": {}, "b": {}}
-    for seed in seeds:  # arms by turns, so that a slow hour hits them all
-        for regime, arms in (("a", arms_a), ("b", [*ARMS_B])):
-            for arm in arms:
-                measured = parts.measure(
-                    f"{regime}/{arm}/{seed}",
-                    lambda r=regime, a=arm, s=seed: run(r, a, s, args.quick),
-                )
-                detail[regime].setdefault(arm, {})[str(seed)] = measured
-                one = of(measured)
-                print(
-                    f"seed {seed} {regime} {arm:17} goodput {one['goodput']:6.0f}  bubble "
-                    f"{one['bubble']:.1%}  held-out {measured['before']:.3f} -> "
-                    f"{measured['after']:.3f}  {one['wall']:.0f} s",
-                    flush=True,
-                )
+    detail: dict[str, Any] = {}
+    for regime, arm, seed in planned(args.quick):
+        measured = parts.measure(
+            f"{regime}/{arm}/{seed}",
+            lambda r=regime, a=arm, s=seed: run(r, a, s, args.quick),
+        )
+        detail.setdefault(regime, {}).setdefault(arm, {})[str(seed)] = measured
+        one = of(measured)
+        print(
+            f"{regime} seed {seed} {arm:17} goodput {one['goodput']:6.0f}  bubble "
+            f"{one['bubble']:.1%}  held-out {measured['before']:.3f} -> "
+            f"{measured['after']:.3f}  {one['wall']:.0f} s",
+            flush=True,
+        )
     detail["simulated"] = parts.measure("simulated", lambda: simulations(args.quick))
-    found_a = {arm: [of(m) for m in by.values()] for arm, by in detail["a"].items()}
-    found_b = {arm: [of(m, epochs_from(m)) for m in by.values()] for arm, by in detail["b"].items()}
-    mean = {arm: fmean(one["goodput"] for one in found_a[arm]) for arm in BEST}
-    best = max(mean, key=lambda arm: mean[arm])
-    pairs_a = list(zip(found_a[best], found_a["sync"], strict=True))
-    pairs_b = list(zip(found_b["longest_first"], found_b["sync"], strict=True))
-    heldout = [one["after"] - other["after"] for one, other in pairs_a]
-    ratio_a = [one["goodput"] / other["goodput"] for one, other in pairs_a]
-    ratio_b = [one["goodput"] / other["goodput"] for one, other in pairs_b]
-    summary = {
-        "best_a": best,
-        "bubble_sync_a": fmean(one["bubble"] for one in found_a["sync"]),
-        "bubble_best_a": fmean(one["bubble"] for one in found_a[best]),
-        "goodput_best_a": fmean(ratio_a),
-        "goodput_best_a_ci": interval(ratio_a),
-        "heldout_diff_best_a": fmean(heldout),
-        "heldout_diff_best_a_ci": interval(heldout),
-        "bubble_sync_b": fmean(one["bubble"] for one in found_b["sync"]),
-        "bubble_longest_first_b": fmean(one["bubble"] for one in found_b["longest_first"]),
-        "goodput_longest_first_b": fmean(ratio_b),
-        "goodput_longest_first_b_ci": interval(ratio_b),
-        "simulated_requests": detail["simulated"][-1]["requests"],
-        "simulated_seconds": max(detail["simulated"][-1][k] for k in ("sync", "sorted")),
+    found = {
+        regime: {
+            arm: [of(m, epochs_from(m) if regime == "b" else 0) for m in by.values()]
+            for arm, by in detail[regime].items()
+        }
+        for regime in ARMS
+        if regime in detail
     }
-    show("a", found_a, f"As many rollouts as slots ({SIZE_A['engine.slots']}), all steps")
-    show("b", found_b, "Eight times as many rollouts as slots, epochs 2 and later")
+    for regime, title in TITLES.items():
+        if regime in found:
+            show(regime, found[regime], title)
     table(
         "Simulating, seconds on one core",
         ("requests", "sync", "sorted, refill"),
@@ -266,7 +286,68 @@ def main() -> None:
             for r in detail["simulated"]
         ],
     )
-    parts.finish("schedule", summary, seeds, detail)
+    parts.finish("schedule", summary(found, detail["simulated"][-1]), SEEDS["a"], detail)
+
+
+def planned(quick: bool) -> list[tuple[str, str, int]]:
+    """(regime, arm, seed), arms by turns, so that a slow hour hits them all."""
+    if quick:
+        return [(regime, arm, 0) for regime, arms in QUICK_ARMS.items() for arm in arms]
+    return [
+        (regime, arm, seed)
+        for regimes in (("a", "b"), ("g",))
+        for seed in SEEDS[regimes[0]]
+        for regime in regimes
+        for arm in ARMS[regime]
+    ]
+
+
+def summary(
+    found: dict[str, dict[str, list[dict[str, float]]]], simulated: dict[str, float]
+) -> dict[str, Any]:
+    """The keys of the last line; ratios and differences are between runs of one seed."""
+
+    def against(regime: str, arm: str, rival: str = "sync") -> list[float]:
+        pairs = zip(found[regime][arm], found[regime][rival], strict=True)
+        return [one["goodput"] / other["goodput"] for one, other in pairs]
+
+    def mean(regime: str, arm: str, key: str) -> float:
+        return fmean(one[key] for one in found[regime][arm])
+
+    best = max(BEST, key=lambda arm: mean("a", arm, "goodput"))
+    heldout = [
+        one["after"] - other["after"]
+        for one, other in zip(found["a"][best], found["a"]["sync"], strict=True)
+    ]
+    ratio_a, ratio_b = against("a", best), against("b", "longest_first")
+    keys = {
+        "best_a": best,
+        "bubble_sync_a": mean("a", "sync", "bubble"),
+        "bubble_best_a": mean("a", best, "bubble"),
+        "goodput_best_a": fmean(ratio_a),
+        "goodput_best_a_ci": interval(ratio_a),
+        "heldout_diff_best_a": fmean(heldout),
+        "heldout_diff_best_a_ci": interval(heldout),
+        "bubble_sync_b": mean("b", "sync", "bubble"),
+        "bubble_longest_first_b": mean("b", "longest_first", "bubble"),
+        "goodput_longest_first_b": fmean(ratio_b),
+        "goodput_longest_first_b_ci": interval(ratio_b),
+        "simulated_requests": simulated["requests"],
+        "simulated_seconds": max(simulated[k] for k in ("sync", "sorted")),
+    }
+    for name, regime, arm in (
+        ("goodput_sync_4x_a", "a", "sync_4x"),
+        ("goodput_sorted_refill_a", "a", "sorted_refill"),
+        ("goodput_april_a", "a", "april"),
+        ("goodput_sync_4x_g", "g", "sync_4x"),
+        ("goodput_sorted_refill_g", "g", "sorted_refill"),
+        ("goodput_april_g", "g", "april"),
+    ):
+        there = regime in found and arm in found[regime]
+        ratio = against(regime, arm) if there else None
+        keys[name] = fmean(ratio) if ratio else None
+        keys[f"{name}_ci"] = interval(ratio) if ratio else None
+    return keys
 
 
 if __name__ == "__main__":

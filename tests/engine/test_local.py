@@ -6,6 +6,7 @@ argmax can flip; the law tests run in float32 as training does.
 
 import random
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
 from reroll.types import Draft, Finish, Request, Sampling
 from tests.engine.helpers import finish, finish_with_probes, tokens
-from tests.tiny import VOCABULARY, tiny
+from tests.tiny import SERVED, VOCABULARY, tiny
 
 CAPACITY = 64
 
@@ -50,6 +51,30 @@ def plain() -> dict[int, list[int]]:
 @pytest.mark.parametrize("rows", [1, 3, 32])
 def test_slots_and_prefill_batches_change_nothing(plain, slots: int, rows: int) -> None:
     assert tokens(finish(engine_of(slots=slots, prefill_rows=rows), some_requests())) == plain
+
+
+def test_long_rows_and_short_ones_are_prefilled_apart(monkeypatch) -> None:
+    prompts = [(*range(1, 61 if i % 5 == 0 else 6), i) for i in range(10)]
+    requests = [Request(i, prompt, i, Sampling(3)) for i, prompt in enumerate(prompts)]
+    engine = engine_of(slots=10, prefill_tokens=1024)
+    run, sizes = engine.runner.prefill, []
+    monkeypatch.setattr(
+        engine.runner, "prefill", lambda rows, *a, **k: sizes.append([*map(len, rows)])
+        or run(rows, *a, **k),
+    )  # fmt: skip
+    finish(engine, requests)
+    assert sizes == [[6] * 8, [61] * 2]
+
+
+def test_rows_are_padded_no_further_than_the_models_last_position() -> None:
+    """A model with learnt positions has no vector for the next one."""
+    kind, settings = SERVED["gpt2"]
+    with patch.dict(SERVED, {"gpt2": (kind, settings | {"n_positions": 21})}):
+        engine = LocalEngine(tiny("gpt2"), slots=2, capacity=21)
+    assert [engine.runner.width(n) for n in (1, 16, 17, 21)] == [16, 16, 21, 21]
+    requests = [Request(i, tuple(range(1, 18 + i)), i, Sampling(3)) for i in range(2)]
+    alone = LocalEngine(engine.runner.model, slots=1, capacity=21, prefill_rows=1)
+    assert tokens(finish(engine, requests)) == tokens(finish(alone, requests))
 
 
 def test_order_and_batch_composition_change_nothing(plain) -> None:

@@ -35,6 +35,7 @@ from reroll.engine.sequence import Sequence as Running
 from reroll.engine.slots import SlotCache, check_fits, layer_shapes
 from reroll.engine.speculation import Speculation
 from reroll.errors import UserError
+from reroll.model.cut import packs
 from reroll.model.logprobs import token_logprobs
 from reroll.types import Completion, Draft, Request
 
@@ -207,9 +208,8 @@ class LocalEngine:
         return lacking > 0
 
     def _prefill(self, lacking: int) -> list[Event]:
-        """Run waiting requests in one forward; each is then ready, or finished."""
-        started = time.perf_counter()
-        chosen = self.speculation
+        """Run waiting requests, those of a length together; each is then ready, or finished."""
+        started, stats, chosen = time.perf_counter(), self._stats, self.speculation
         token = self.pace.token(self.costs, self.cache.slots)
         least = self.costs.prefill / token if chosen.gate else 0.0
         # windows after the first need tree masks
@@ -218,21 +218,21 @@ class LocalEngine:
         room = lacking if chosen.stagger else len(self._waiting)
         rows = next_rows(self._waiting, plan, self.prefill_rows, room)
         sequences = [sequence for row in rows for sequence in row.sequences]
-        drawn = -sum(len(s.completion.token_ids) for s in sequences)
-        self._stats.tokens_resumed += sum(s.resumed for s in sequences)
-        reused = -sum(s.completion.walked for s in sequences)
-        version = self.policy_version
-        events: list[Event] = [*prefill(self.runner, rows, version, plan, self._stats)]
-        for sequence in sequences:
-            drawn += len(sequence.completion.token_ids)
-            reused += sequence.completion.walked
+        rows.sort(key=len)
+        before = [(len(s.completion.token_ids), s.completion.walked) for s in sequences]
+        stats.tokens_resumed += sum(s.resumed for s in sequences)
+        events: list[Event] = []
+        widths = [self.runner.width(len(row)) for row in rows]
+        for pack in packs(widths, self.prefill_tokens, None):
+            events += prefill(self.runner, rows[pack], self.policy_version, plan, stats)
+        for sequence, (tokens, walked) in zip(sequences, before, strict=True):
+            stats.tokens_drawn += len(sequence.completion.token_ids) - tokens
+            stats.tokens_reused += sequence.completion.walked - walked
             if sequence.finished:
                 events.append(Finished(sequence.completion))
             else:
                 self._ready.append(sequence)
         self._ready.sort(key=Running.expected_left, reverse=True)
-        self._stats.tokens_drawn += drawn
-        self._stats.tokens_reused += reused
         # a slot whose request is being read is not idle
         self._pass("prefill", started, min(self.cache.slots, len(self._running) + len(sequences)))
         return events

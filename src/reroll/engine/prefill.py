@@ -167,7 +167,8 @@ def _go_deeper(
     further = _further(walk, rows, which, plan, depth)
     while further:
         widest = [
-            max(len(rows[row].nodes) for row in further[: n + 1]) for n in range(len(further))
+            walk.runner.width(max(len(rows[row].nodes) for row in further[: n + 1]))
+            for n in range(len(further))
         ]
         count = sum((n + 1) * width <= plan.max_tokens for n, width in enumerate(widest))
         some, further = further[: max(count, 1)], further[max(count, 1) :]
@@ -206,14 +207,14 @@ def _forward(
         forest.logit[root + ran] = total + np.arange(len(ran))
         forest.column[root + nodes] = width + len(given) + np.arange(len(nodes))
         total += len(ran)
-    longest = max(map(len, texts))
+    widest = runner.width(max(map(len, texts)))
     for index, own in zip(which, columns, strict=True):
-        own = pad_columns(own, longest)
+        own = pad_columns(own, widest)
         rows[index].columns = np.concatenate([rows[index].columns, own], axis=1)
     if past is None and all(_is_chain(rows[index]) for index in which):
-        return runner.prefill(texts, starts, hidden)  # causal as any text: no mask to read
+        return runner.prefill(texts, starts, hidden, width=widest)  # causal: no mask to read
     stacked = Columns(*np.stack([rows[index].columns for index in which], axis=1))
-    return runner.prefill(texts, starts, hidden, stacked, past)
+    return runner.prefill(texts, starts, hidden, stacked, past, widest)
 
 
 def _is_chain(row: Row) -> bool:

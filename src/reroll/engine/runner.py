@@ -21,6 +21,10 @@ from reroll.model.ragged import pad
 from reroll.model.tree import tree_mask
 from reroll.types import Request
 
+WIDTHS = 16
+"""prefilled rows have multiples of this for widths: oneDNN prepares a product anew for each number
+of tokens that it has not met lately, which took a third of a forward's time (docs/log.md)"""
+
 
 @dataclass(slots=True)
 class Prefilled:
@@ -91,6 +95,10 @@ class Runner:
             for module in training:
                 module.training = True
 
+    def width(self, longest: int) -> int:
+        """What rows of up to `longest` tokens are padded to, never beyond the model's positions."""
+        return max(longest, min(-(-longest // WIDTHS) * WIDTHS, self._last + 1))
+
     @contextmanager
     def _rounding(self, dtype: torch.dtype | None) -> Iterator[None]:
         """Autocast to `dtype`, with the module's own products; None: nothing changes."""
@@ -112,13 +120,15 @@ class Runner:
         hidden: bool,
         columns: Columns | None = None,
         past: DynamicCache | None = None,
+        width: int = 0,
     ) -> Prefilled:
-        """Run rows through the model; logits from token `starts[r]` of row r to its last.
+        """Run rows, padded at least to `width`, through the model; logits from token `starts[r]` of
+        row r to its last.
 
         Rows are plain texts, or (columns) trees, perhaps behind keys and values of the `past`,
         which are added to.
         """
-        tokens, wanted = pad(rows, starts, list(map(len, rows)), self.device)
+        tokens, wanted = pad(rows, starts, list(map(len, rows)), self.device, width)
         cache = past if past is not None else DynamicCache()
         where = {}
         if columns is not None:

@@ -25,10 +25,12 @@ def pad(
     starts: Sequence[int],
     ends: Sequence[int],
     device: torch.device | str = "cpu",
+    least: int = 0,
 ) -> Padded:
-    """Pad `rows`; the model's outputs are wanted at tokens `starts[r] <= i < ends[r]` of row r."""
+    """Pad `rows`, at least to width `least`; the model's outputs are wanted at tokens
+    `starts[r] <= i < ends[r]` of row r."""
     lengths = np.fromiter(map(len, rows), int, len(rows))
-    width = int(lengths.max())
+    width = max(int(lengths.max()), least)
     cells = np.zeros((len(rows), width), np.int64)
     cells[np.arange(width) < lengths[:, None]] = np.concatenate(
         [np.asarray(row, np.int64) for row in rows]
