@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -127,3 +129,11 @@ def table(
     for row in rows:
         made.add_row(*map(str, row))
     Console(width=max(width, Console().width)).print(made)
+
+
+def interval(values: Sequence[float]) -> list[float] | None:
+    """Student's t, 95 %; None for a single seed."""
+    if len(values) < 2:
+        return None
+    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return [round(fmean(values) - half, 4), round(fmean(values) + half, 4)]

@@ -12,35 +12,36 @@ The demo policy on chain sums of 3 to 20 terms, whose replies are 5 to 200 token
         whole groups
 
 `sync_4x` collects four batches at once and takes four optimizer steps on them: the cheapest rival,
-without any machinery. Goodput is trained completion tokens per second of rollout; held-out reward
-is that of the last evaluation, after as many trained rollouts in every arm. Intervals are Student's
-t over seeds, of differences and ratios to `sync` with the same seed. `--quick` leaves arms, steps
-and seeds out and has no intervals.
+without any machinery. The arms of a seed run by turns, a step each (`bench/turns.py`). Goodput is
+trained completion tokens per second of rollout; held-out reward is that of the last evaluation,
+after as many trained rollouts in every arm. Intervals are Student's t over seeds, of differences
+and ratios to `sync` with the same seed. `--quick` leaves arms, steps and seeds out, runs arms one
+after another and has no intervals.
 
     python -m bench.schedule [--quick] [--fresh]
 """
 
 import tempfile
 import time
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
-from scipy.stats import t as student
 from transformers.utils import logging
 
 from bench.chain import write_problems
-from bench.common import Parts, arguments, table
+from bench.common import Parts, arguments, interval, table
+from bench.turns import side_by_side, yield_turn
+from reroll import loop
 from reroll.config import load_config
 from reroll.config.load import load_settings
 from reroll.config.simulate import SimulateConfig
-from reroll.loop import train
 from reroll.simulate import run_arm
 from reroll.workload import make_arms, make_cost, make_replies
 
-SEEDS = {"a": (0, 1, 2, 3), "b": (0, 1, 2, 3), "g": (0, 1)}
+SEEDS = {"a": (0, 1, 2), "b": (0, 1, 2), "g": (0, 1)}
 COMMON = {
     "rollout.max_tokens": "300",
     "run.threads": "2",
@@ -107,8 +108,18 @@ REQUESTS = (1_000, 10_000, 100_000, 1_000_000)
 """of the simulations whose time is measured, on slots for a quarter of them"""
 
 
-def run(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
-    """Train one arm with one seed: its figures step by step, and its evaluations."""
+def run(regime: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Train all arms with one seed, by turns: by arm, figures step by step, and evaluations."""
+    arms = QUICK_ARMS[regime] if quick else tuple(ARMS[regime])
+    jobs = [(regime, arm, seed, quick) for arm in arms]
+    # a process takes seconds to start
+    found = [run_arm_of(*job) for job in jobs] if quick else side_by_side(run_arm_of, jobs)
+    return dict(zip(arms, found, strict=True))
+
+
+def run_arm_of(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
+    """One of them."""
+    logging.disable_progress_bar()
     size = (QUICK if quick else FULL)[regime]
     settings = {**COMMON, **SIZE[regime], **size, **ARMS[regime][arm]}
     prompts = SIZE[regime]["rollout.prompts"]
@@ -124,12 +135,17 @@ def run(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
         settings |= {"run.out": f"{folder}/run", "run.seed": str(seed)}
         demo = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"
         config = load_config(demo, settings)
-        started = time.perf_counter()
-        records = train(config).records()
-        wall = time.perf_counter() - started
+        rollouts = config.rollout.prompts * config.rollout.samples
+        step = loop._Run._step
+
+        def in_turn(self: loop._Run, number: int) -> None:
+            yield_turn((number - 1) * rollouts)
+            step(self, number)
+
+        with patch.object(loop._Run, "_step", in_turn):
+            records = loop.train(config).records()
     steps = [r for r in records if r["kind"] == "train"]
     before, *_, after = [r for r in records if r["kind"] == "eval"]
-    rollouts = config.rollout.prompts * config.rollout.samples
     return {
         "steps": [
             {
@@ -137,7 +153,7 @@ def run(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
                 for key in (
                     "epoch", "goodput", "bubble", "waste", "offpolicy_tokens", "lag_max",
                     "length_bias", "length", "reward", "reprefill", "wait_max", "seconds_rollout",
-                    "seconds_train", "seconds_score",
+                    "seconds_train", "seconds_score", "seconds_prefill", "seconds_decode",
                 )
             }
             | {"tokens": r["goodput"] * r["seconds_rollout"], "rollouts": rollouts}
@@ -147,7 +163,6 @@ def run(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
         "after": after["reward"],
         "length_before": before["length"],
         "length_after": after["length"],
-        "wall": wall - before["seconds_eval"] - after["seconds_eval"],
         "version": steps[-1]["version"],
     }  # fmt: skip
 
@@ -157,6 +172,7 @@ def of(measured: dict[str, Any], first: int = 0) -> dict[str, float]:
     steps = measured["steps"][first:]
     seconds = sum(s["seconds_rollout"] for s in steps)
     tokens = sum(s["tokens"] for s in steps)
+    train = sum(s["seconds_train"] + s["seconds_score"] for s in steps)
 
     def by_tokens(key: str) -> float:
         return sum(s[key] * s["tokens"] for s in steps) / tokens
@@ -172,10 +188,10 @@ def of(measured: dict[str, Any], first: int = 0) -> dict[str, float]:
         "wait": max(s["wait_max"] for s in steps),
         "tokens": tokens,
         "seconds": seconds,
-        "train": sum(s["seconds_train"] + s["seconds_score"] for s in steps),
+        "train": train,
         "after": measured["after"],
         "gain": measured["after"] - measured["before"],
-        "wall": measured["wall"],
+        "wall": seconds + train,
     }
 
 
@@ -208,14 +224,6 @@ def simulations(quick: bool) -> list[dict[str, float]]:
 def epochs_from(measured: dict[str, Any]) -> int:
     """The first step of the second epoch: from there on lengths are known."""
     return next((i for i, s in enumerate(measured["steps"]) if s["epoch"] >= 1), 0)
-
-
-def interval(values: Sequence[float]) -> list[float] | None:
-    """Student's t, 95 %; None for a single seed."""
-    if len(values) < 2:
-        return None
-    half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return [round(fmean(values) - half, 4), round(fmean(values) + half, 4)]
 
 
 def show(regime: str, found: dict[str, list[dict[str, float]]], title: str) -> None:
@@ -253,19 +261,17 @@ def main() -> None:
     logging.disable_progress_bar()
     parts = Parts("schedule", args)
     detail: dict[str, Any] = {}
-    for regime, arm, seed in planned(args.quick):
-        measured = parts.measure(
-            f"{regime}/{arm}/{seed}",
-            lambda r=regime, a=arm, s=seed: run(r, a, s, args.quick),
-        )
-        detail.setdefault(regime, {}).setdefault(arm, {})[str(seed)] = measured
-        one = of(measured)
-        print(
-            f"{regime} seed {seed} {arm:17} goodput {one['goodput']:6.0f}  bubble "
-            f"{one['bubble']:.1%}  held-out {measured['before']:.3f} -> "
-            f"{measured['after']:.3f}  {one['wall']:.0f} s",
-            flush=True,
-        )
+    for regime, seed in planned(args.quick):
+        measured = parts.measure(f"{regime}/{seed}", lambda r=regime, s=seed: run(r, s, args.quick))
+        for arm, one in measured.items():
+            detail.setdefault(regime, {}).setdefault(arm, {})[str(seed)] = one
+            told = of(one)
+            print(
+                f"{regime} seed {seed} {arm:17} goodput {told['goodput']:6.0f}  bubble "
+                f"{told['bubble']:.1%}  held-out {one['before']:.3f} -> {one['after']:.3f}  "
+                f"{told['wall']:.0f} s",
+                flush=True,
+            )
     detail["simulated"] = parts.measure("simulated", lambda: simulations(args.quick))
     found = {
         regime: {
@@ -289,17 +295,12 @@ def main() -> None:
     parts.finish("schedule", summary(found, detail["simulated"][-1]), SEEDS["a"], detail)
 
 
-def planned(quick: bool) -> list[tuple[str, str, int]]:
-    """(regime, arm, seed), arms by turns, so that a slow hour hits them all."""
+def planned(quick: bool) -> list[tuple[str, int]]:
+    """(regime, seed)."""
     if quick:
-        return [(regime, arm, 0) for regime, arms in QUICK_ARMS.items() for arm in arms]
-    return [
-        (regime, arm, seed)
-        for regimes in (("a", "b"), ("g",))
-        for seed in SEEDS[regimes[0]]
-        for regime in regimes
-        for arm in ARMS[regime]
-    ]
+        return [(regime, 0) for regime in QUICK_ARMS]
+    first = [(regime, seed) for seed in SEEDS["a"] for regime in ("a", "b")]
+    return [*first, *(("g", seed) for seed in SEEDS["g"])]
 
 
 def summary(

@@ -376,7 +376,13 @@ CUT = {
     "correct.mode": "tis",
 }
 STAGGER = {"reuse.on": "true", "reuse.stagger": "true"}
-RACE = {"schedule.kind": "april", "schedule.over": "1.5"}
+RACE = {
+    "schedule.kind": "april",
+    "schedule.over": "1.5",
+    "algo.name": "rloo_running",
+    "algo.running_weight": "2",
+    "algo.running_decay": "0.5",
+}
 """what does not go together with the above, nor with each other"""
 
 

@@ -15,7 +15,7 @@ from reroll.errors import UserError
 
 EVERY = {
     "generation_bound": 4.0, "kl_coef": 0.0, "kl_unbiased": False, "gamma": 1.0, "lam": 1.0,
-    "whiten": True, "entropy_coef": 0.0,
+    "whiten": True, "entropy_coef": 0.0, "running_weight": 4.0, "running_decay": 0.9,
 }  # fmt: skip
 """the same whatever the algorithm"""
 GROUPS = {"kl_in": "loss", "kl_estimator": "k3"}
@@ -41,6 +41,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2402.14740: leave-one-out mean, the reply as one action, the KL in its reward
     "rloo": {"advantage": "rloo", "ratio": "product", "average": "sequence",
              "clip_low": 0.2, "clip_high": 0.2, **NO_FILTER, **RETURNS},
+    # the same mean over what went before, token by token, so that it may hold stale tokens
+    "rloo_running": {"advantage": "running", "ratio": "token", "average": "constant",
+                     "clip_low": 0.2, "clip_high": 0.2, **NO_FILTER, **RETURNS},
     # arXiv 2501.03262: PPO's surrogate, the KL in the reward, normalised over the batch
     "reinforce_pp": {"advantage": "reinforce_pp", "ratio": "token", "average": "token",
                      "clip_low": 0.2, "clip_high": 0.2, **NO_FILTER, **RETURNS},
@@ -159,7 +162,7 @@ def test_a_saved_configuration_shows_and_keeps_what_ran(name: str, tmp_path: Pat
         assert load_config(tmp_path / "config.toml") == config
 
 
-NAMES = "'grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo', 'reinforce_pp' or 'ppo'"
+NAMES = "'grpo', 'dr_grpo', 'dapo', 'gspo', 'rloo', 'rloo_running', 'reinforce_pp' or 'ppo'"
 
 
 @pytest.mark.parametrize("value", ["grop", "GRPO", "", 3, True, ["grpo"], {"grpo": 1}])
@@ -225,7 +228,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         f"a group of one, {name}": (
             {"rollout.samples": 1, "algo.name": name},
             rf"algo\.advantage = '{PRESETS[name]['advantage']}' compares rollouts of a group, so "
-            r"it needs at least 2; 'reinforce_pp' and 'gae' \(ppo\) can do with 1",
+            r"it needs at least 2; 'running' \(rloo_running\), 'reinforce_pp' and 'gae' \(ppo\) "
+            r"can do with 1",
         )
         for name in ("grpo", "dr_grpo", "dapo", "gspo", "rloo")
     },
@@ -323,6 +327,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "whiten without a critic": useless("whiten", False, "grpo", "advantage = 'grpo'", "'gae'"),
     "a discount in groups": useless(
         "gamma", 0.99, "rloo", "advantage = 'rloo'", "'gae' or 'reinforce_pp'"
+    ),
+    "a running mean's weight without one": useless(
+        "running_weight", 2.0, "rloo", "advantage = 'rloo'", "'running'"
+    ),
+    "a running mean's decay without one": useless(
+        "running_decay", 0.5, "ppo", "advantage = 'gae'", "'running'"
     ),
     "a bound on no refill": useless(
         "generation_bound", 2.0, "gspo", "dynamic_sampling = False", "True"

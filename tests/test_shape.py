@@ -72,7 +72,10 @@ def run_of(path: Path) -> ast.AST:
 IMPORTS = {name_of(path): imports_of(ast.parse(path.read_text()), path) for path in SOURCES}
 RUN_IMPORTS = {name_of(path): imports_of(run_of(path), path) for path in SOURCES}
 
-ONLY_TYPES = {"reroll.config.check": {"reroll.config.load"}}
+ONLY_TYPES = {
+    "reroll.config.check": {"reroll.config.load"},
+    "reroll.config.check_schedule": {"reroll.config.load"},
+}
 """modules imported for their types alone: the whole configuration, which calls its checks"""
 
 

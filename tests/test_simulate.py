@@ -69,6 +69,7 @@ def test_an_arm_is_the_collector(name: str) -> None:
     assert figures["tokens_trained"] == tokens
     assert figures["seconds"] == pytest.approx(run.engine.clock)
     assert figures["bubble"] == pytest.approx(1 - stats.slot_seconds / (4 * run.engine.clock))
+    assert figures["bubble_ticks"] == pytest.approx(1 - stats.tokens_drawn / (4 * stats.ticks))
     assert figures["waste"] == pytest.approx(dropped / (tokens + dropped))
     assert figures["offpolicy_tokens"] == pytest.approx(stale / tokens)
     assert figures["reprefill"] == pytest.approx(stats.tokens_resumed / tokens)

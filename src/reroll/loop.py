@@ -150,7 +150,6 @@ class _Run:
         parts, ledger, before = self.parts, self.ledger, self.ledger.copy()
         stats = deepcopy(parts.engine.stats())
         buffer, shown = self.collector.buffer, step <= self.config.log.timeline
-        epoch = buffer.cursor // len(parts.task.train)
         parts.engine.spans = spans = [] if shown else None
         started = time.perf_counter()
         collected = self.collector.next(self.display.rollouts)
@@ -175,7 +174,8 @@ class _Run:
             metrics |= ledger.since(before).metrics()
             if self.config.algo.dynamic_sampling:
                 metrics |= refill_metrics(collected, groups)
-            metrics["epoch"] = epoch
+            # the earliest of the batch: prompts may have been taken in long before
+            metrics["epoch"] = min(r.visit for group in collected.groups for r in group.rollouts)
             metrics["version"] = parts.trainer.version
             metrics["seconds_rollout"] = rollout_seconds
             metrics["tokens_per_second"] = sum(lengths(collected.groups)) / rollout_seconds

@@ -89,6 +89,10 @@ class _Sums:
     """tokens"""
     drawn: float = 0.0
     """and those lost"""
+    ticks: int = 0
+    """of all replicas"""
+    busy: int = 0
+    """tokens drawn in them: slots that were not idle"""
     resumed: float = 0.0
     stale: float = 0.0
     lag_max: float = 0.0
@@ -121,6 +125,10 @@ class _Run:
         )
         slots = config.slots * arm.replicas
         schedule = make_schedule(arm.schedule, slots)
+        if arm.oracle:
+            schedule = replace(
+                schedule, order=lambda m: -replies.length(m.request), by_sibling=False, ahead=None
+            )
         self.units: list[Unit] = []
         """of the last batch"""
 
@@ -167,6 +175,8 @@ class _Run:
             self.timeline.append(batch_of(update, engine.spans, self.buffer, collected, self.begin))
             engine.spans.clear()
         tokens = self._add(collected, metrics, engine.clock - begin)
+        self.sums.ticks += engine.stats().ticks - before.ticks
+        self.sums.busy += engine.stats().tokens_drawn - before.tokens_drawn
         pause = tokens / self.rate + self.config.sync_seconds
         self.occupancy.pause(engine.clock, pause)
         engine.advance(pause)
@@ -208,6 +218,7 @@ class _Run:
         return {
             "goodput": sums.trained / sums.seconds,
             "bubble": sums.idle / sums.clock,
+            "bubble_ticks": 1 - sums.busy / (self.config.slots * sums.ticks),
             "waste": 1 - sums.trained / sums.drawn,
             "offpolicy_tokens": sums.stale / sums.trained,
             "lag_max": sums.lag_max,

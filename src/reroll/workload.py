@@ -35,6 +35,8 @@ class Arm:
     replicas: int = 1
     split: int = 1
     """updates that each batch is split into"""
+    oracle: bool = False
+    """whether rollouts run longest first by lengths that nobody can know"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ def _variants(name: str, config: SimulateConfig) -> Iterator[Arm]:
         case "april":
             for over in config.over:
                 yield Arm(f"april {over:g}", section(kind="april", over=over))
+        case "oracle":
+            yield Arm("oracle order", section(kind="longest_first"), oracle=True)
         case "tail_batch":
             for over in config.tail_over:
                 yield Arm(f"tail batch {over:g}", section(kind="tail_batch", over=over))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from reroll.algo.advantage import dr_grpo, gae, grpo, reinforce_pp, rloo, whiten
+from reroll.algo.baseline import Running
 from reroll.algo.correct import Anchor, decoupled, truncated, uncorrected
 from reroll.algo.loss import KL_ESTIMATORS, kl_k1
 from tests.algo.tabular import (
@@ -121,6 +122,19 @@ def plus_plus(world: World, batches: Sequence[Batch]) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def running(world: World, batches: Sequence[Batch]) -> torch.Tensor:
+    """Of each batch after the same history, which knows the prompts wrongly, and one not at all."""
+    given = []
+    for batch in batches:
+        history = Running(2.0, 0.9, [5.0, 7.0], {0: [1.5, -1.0], 2: [0.5, 3.0]})
+        rewards = [world.rewards[p][o] for p, o in batch.rollouts]
+        rows = [p for p, _ in batch.rollouts]
+        values = history.advantages(rewards, rows, [1.0] * len(rows))
+        for value, length in zip(values, lengths_of(world, [batch]), strict=True):
+            given += [value] * length
+    return torch.tensor(given, dtype=torch.float64)
+
+
 RIGHT, WRONG = exact_values(WORLD, POLICY), wrong_values(WORLD)
 
 
@@ -140,6 +154,8 @@ UNBIASED: dict[str, tuple[float, Estimate]] = {
         lambda: estimate(group(3), by_group(rloo), ratio="product", average="sequence"),
     ),
     "leave-one-out, token ratio, n=2": (1 / 2, lambda: estimate(group(2), by_group(rloo))),
+    "running baseline, 3 prompts x 1": (1 / 2, lambda: estimate(one_of_each(WORLD, LAW), running)),
+    "running baseline, n=2": (1 / 2, lambda: estimate(group(2), running)),
     "Dr. GRPO, n=2: (n - 1) / n": (1 / 2 / 2, lambda: estimate(group(2), by_group(dr_grpo))),
     "Dr. GRPO, n=3: (n - 1) / n": (2 / 3 / 2, lambda: estimate(group(3), by_group(dr_grpo))),
     "GAE, lambda 1, wrong values": (1 / 2, lambda: estimate(group(1), critic(WRONG, 1.0))),

@@ -167,6 +167,22 @@ def test_put_off_prompts_have_a_round_of_their_own() -> None:
     assert len(run.buffer.deferred) == 0 and run.buffer.cursor == 36
 
 
+def test_in_such_a_round_those_start_first_that_had_come_farthest() -> None:
+    run = Simulation(tail_batch(1.5), tailed(1, 1.5), batch=4, samples=2, slots=12, b0=4.0)
+    while len(run.buffer.deferred) < 4:
+        run.run(1)
+    cuts = {unit.index: unit.cut for unit in run.buffer.deferred}
+    expected = sorted(cuts, key=lambda i: (-cuts[i], i))
+    assert expected != sorted(cuts)
+    started: list[int] = []
+    submit, running = run.engine.submit, run.buffer.running
+    run.engine.submit = lambda request: (
+        started.append(running[request.id].unit.index) or submit(request)
+    )
+    run.run(1)
+    assert started == [i for i in expected for _ in range(2)]
+
+
 def again(run: Simulation, schedule: Schedule, **how: Any) -> Simulation:
     """Another process that goes on from what was saved."""
     text = json.dumps(snapshot_of_lengths(run.buffer))

@@ -603,7 +603,8 @@ def test_the_state_of_a_new_trainer_is_empty():
     trainer = make_trainer(tiny("llama"))
     counters = dict(version=0, batches=0, critic_steps=0, skipped_in_a_row=0)
     shares = [False, True, True]
-    assert trainer.state() == counters | {"moments": {}, "critic": {}, "shares": shares}
+    nothing = {"moments": {}, "critic": {}, "running": {"every": [0.0, 0.0], "prompts": {}}}
+    assert trainer.state() == counters | nothing | {"shares": shares}
     other = make_trainer(tiny("llama"))
     other.load_state(trainer.state())
     assert other.state() == trainer.state()

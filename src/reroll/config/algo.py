@@ -40,6 +40,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     ),
     # arXiv 2402.14740
     "rloo": dict(advantage="rloo", ratio="product", average="sequence", **_REWARD),
+    # arXiv 2402.14740, against what went before instead of siblings
+    "rloo_running": dict(advantage="running", ratio="token", average="constant", **_REWARD),
     # arXiv 2501.03262
     "reinforce_pp": dict(advantage="reinforce_pp", ratio="token", average="token", **_REWARD),
     # arXiv 1707.06347
@@ -54,13 +56,24 @@ GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo")
 class AlgoSection(Section):
     """Advantages and the policy loss."""
 
-    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "ppo"] = Field(
-        default="grpo", description="algorithm; sets the defaults of this section"
-    )
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "gae"] = Field(
+    name: Literal[
+        "grpo", "dr_grpo", "dapo", "gspo", "rloo", "rloo_running", "reinforce_pp", "ppo"
+    ] = Field(default="grpo", description="algorithm; sets the defaults of this section")
+    advantage: Literal["grpo", "dr_grpo", "rloo", "running", "reinforce_pp", "gae"] = Field(
         default="grpo",
         description="reward minus group mean over deviation; no deviation; leave-one-out mean; "
-        "normalised over the batch; from a critic (by algorithm)",
+        "minus the prompt's running mean; normalised over the batch; from a critic (by algorithm)",
+    )
+    running_weight: float = Field(
+        default=4.0,
+        gt=0,
+        description="running: rollouts that the mean over all prompts counts as, in a prompt's own",
+    )
+    running_decay: float = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="running: what a reward still counts one batch later",
     )
     ratio: Literal["token", "sequence", "product"] = Field(
         default="token",

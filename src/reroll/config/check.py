@@ -7,7 +7,8 @@ key to change.
 from typing import TYPE_CHECKING
 
 from reroll.config.algo import ALGORITHMS, GROUP_ADVANTAGES, AlgoSection, CriticSection
-from reroll.config.schedule import OVER, STALE, WHOLE
+from reroll.config.check_schedule import schedule_contradiction
+from reroll.config.schedule import OVER, STALE
 
 if TYPE_CHECKING:
     from reroll.config.load import Config
@@ -25,7 +26,7 @@ def contradiction(config: "Config") -> str | None:
         _without_effect,
         _cap,
         _reuse,
-        _schedule,
+        schedule_contradiction,
     ):
         if text := find(config):
             return text
@@ -37,7 +38,8 @@ def _groups(config: "Config") -> str | None:
     if samples == 1 and algo.advantage in GROUP_ADVANTAGES:
         return (
             f"rollout.samples = 1: algo.advantage = {algo.advantage!r} compares rollouts of a "
-            "group, so it needs at least 2; 'reinforce_pp' and 'gae' (ppo) can do with 1"
+            "group, so it needs at least 2; 'running' (rloo_running), 'reinforce_pp' and 'gae' "
+            "(ppo) can do with 1"
         )
     if samples == 1 and algo.dynamic_sampling:
         return (
@@ -183,55 +185,6 @@ def _cap(config: "Config") -> str | None:
     return None
 
 
-def _schedule(config: "Config") -> str | None:
-    schedule, apart = config.schedule, config.algo.advantage not in GROUP_ADVANTAGES
-    if schedule.kind == "sorted" and schedule.batches > schedule.max_lag + 1:
-        return (
-            f"schedule.batches = {schedule.batches}: the last of them would wait for "
-            f"{schedule.batches - 1} updates, more than schedule.max_lag = {schedule.max_lag}; "
-            "lower the one or raise the other"
-        )
-    if schedule.kind == "april" and schedule.over > schedule.max_lag + 1:
-        return (
-            f"schedule.over = {schedule.over}: not all of that can be trained on within "
-            f"schedule.max_lag = {schedule.max_lag} updates; lower the one or raise the other"
-        )
-    if schedule.stale and config.algo.ratio != "token" and config.correct.mode != "decoupled":
-        return (
-            f"algo.ratio = {config.algo.ratio!r}: with schedule.kind = {schedule.kind!r} a reply "
-            "holds tokens of several policy versions, over which one ratio of the whole reply "
-            "means nothing; set correct.mode = 'decoupled', or algo.ratio = 'token'"
-        )
-    if apart and config.algo.dynamic_sampling and schedule.kind not in WHOLE:
-        return (
-            "algo.dynamic_sampling = true: it looks for groups of unequal rewards, and with "
-            f"schedule.kind = {schedule.kind!r} and algo.advantage = {config.algo.advantage!r} a "
-            "batch is made of single rollouts; set one of the three otherwise"
-        )
-    if config.reuse.stagger and schedule.kind != "sync":
-        return (
-            f"reuse.stagger = true: has no effect with schedule.kind = {schedule.kind!r}, which "
-            "has an order of its own; use 'sync', or false here"
-        )
-    strict = schedule.kind == "sorted" and not schedule.refill
-    if config.algo.dynamic_sampling and (strict or schedule.kind == "tail_batch"):
-        return (
-            f"algo.dynamic_sampling = true: schedule.kind = {schedule.kind!r} takes in no prompts "
-            "for those left out; use schedule.refill = true, 'april' or 'async', or false here"
-        )
-    if schedule.keep_cache and config.correct.mode == "none":
-        return (
-            "schedule.keep_cache = true: tokens behind keys and values of older weights are of no "
-            "version's law; set correct.mode to 'tis', 'decoupled' or 'mask'"
-        )
-    if schedule.kind == "tail_batch" and apart:
-        return (
-            "schedule.kind = 'tail_batch': it races the samples of a group, and algo.advantage = "
-            f"{config.algo.advantage!r} has no groups; use 'sorted' or 'april'"
-        )
-    return None
-
-
 def _at_odds(algo: AlgoSection, key: str, other: str) -> str:
     """How to begin on two settings at odds: with `other` where algo.name filled in `key`."""
     value = getattr(algo, key)
@@ -247,6 +200,8 @@ _NEEDS: tuple[tuple[str, str, str, tuple[object, ...]], ...] = (
     ("algo", "lam", "advantage", ("gae",)),
     ("algo", "whiten", "advantage", ("gae",)),
     ("algo", "gamma", "advantage", ("gae", "reinforce_pp")),
+    ("algo", "running_weight", "advantage", ("running",)),
+    ("algo", "running_decay", "advantage", ("running",)),
     ("algo", "generation_bound", "dynamic_sampling", (True,)),
     ("algo", "kl_unbiased", "kl_coef", ()),
     ("rollout", "penalty", "truncated", ("penalty",)),

@@ -25,6 +25,7 @@ Kind = Literal[
     "sync",
     "sync_split",
     "longest_first",
+    "oracle",
     "sorted_on_policy",
     "sorted_strict",
     "sorted",
@@ -114,7 +115,7 @@ class SimulateConfig(Section):
             "april", "tail_batch",
         ],
         min_length=1,
-        description="to compare, of these and async",
+        description="to compare, of these, async and oracle (longest first, were lengths known)",
     )  # fmt: skip
     batches: list[int] = Field(
         default=[4],

@@ -76,6 +76,8 @@ class Unit:
     """in the order in which they ended"""
     since: int | None = None
     """updates before its first member was started; None: none was"""
+    cut: int = 0
+    """tokens of its longest member when it last lost them; 0: it never did"""
     expected: int | None = None
     """completion tokens of the longest rollout of its prompt's last visit; None: there was none"""
 
@@ -255,6 +257,7 @@ class Buffer:
             self._land(unit)
         else:
             self.ready.remove(unit)
+        unit.cut = max(member.tokens for member in unit.members)
         unit.done.clear()
         self.fly(unit)
         for member in unit.members:

@@ -68,6 +68,11 @@ def sample_by_sample(member: Member) -> tuple[int, int, int]:
     return (-1 if member.request.drafts else sample, *fifo(member))
 
 
+def longest_cut(member: Member) -> tuple[int, int, int]:
+    """What was unfinished at the last cut first, by how far it had come: it will be long again."""
+    return (-member.unit.cut, *fifo(member))
+
+
 def make_schedule(config: ScheduleSection, slots: int) -> Schedule:
     """The schedule of a configuration, for an engine with so many slots."""
     schedule = _named(config)
@@ -163,7 +168,8 @@ def april(over: float, patience: int | None = None) -> Schedule:
 def tail_batch(over: float) -> Schedule:
     """RollPacker's tail batching: rounds of `over` times the prompts with `over` times the samples,
     whose first to end are the batch. The other prompts lose their tokens and are put off until they
-    are a batch, which runs to its end without more of anything."""
+    are a batch, which runs to its end without more of anything, those first that were longest
+    when they were cut."""
 
     def admit(buffer: Buffer) -> int:
         return 0 if buffer.under_way() else math.floor(over * buffer.batch + 1e-9)
@@ -171,7 +177,7 @@ def tail_batch(over: float) -> Schedule:
     def harvest(buffer: Buffer) -> list[Unit] | None:
         return _first_ready(buffer, None)
 
-    return Schedule(admit, fifo, harvest, Fate.DEFER, extra=over)
+    return Schedule(admit, longest_cut, harvest, Fate.DEFER, extra=over)
 
 
 def asynchronous(patience: int, keep_cache: bool) -> Schedule:

@@ -38,7 +38,7 @@ def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Promp
                 "training problems any more; go on with the task as it was"
             )
         unit = Unit(one["index"], rows[one["row"]], one["visit"], one["need"], one["admitted"])
-        unit.since = one["since"]
+        unit.since, unit.cut = one["since"], one["cut"]
         most = 1 + max(state["sample"] for state in one["members"])
         starts = collector.decisions.start(unit.prompt, unit.visit, most)
         for state in one["members"]:
@@ -67,6 +67,7 @@ def _unit(unit: Unit, place: str) -> dict[str, Any]:
         "need": unit.need,
         "admitted": unit.admitted,
         "since": unit.since,
+        "cut": unit.cut,
         "members": [_member(member) for member in unit.members],
         "done": [member.rollout.sample for member in unit.done],
     }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from reroll.algo import advantage
+from reroll.algo.baseline import Running
 from reroll.algo.correct import within_lag
 from reroll.algo.loss import KL_ESTIMATORS, rollout_sums
 from reroll.algo.reward import soft_overlong
@@ -72,10 +73,13 @@ def credit(
     max_tokens: int,
     version: int,
     scores: Scores,
+    running: Running | None = None,
 ) -> tuple[list[list[Credit]], dict[str, float]]:
     """Credit of each group's graded rollouts, and metrics of the batch.
 
     max_tokens: limit on new tokens, for the overlong punishment. version: of the policy now.
+    running: the baseline of advantage = "running", which this batch is then counted in; None:
+    nothing went before.
     Raises UserError for tokens of several versions in one rollout under a ratio of whole rollouts.
     """
     grouped = [[_uncredited(r, correct, version) for r in graded([group])] for group in groups]
@@ -87,7 +91,8 @@ def credit(
     shaped = [r.reward + _overlong(r, algo, max_tokens) for r in rollouts]  # type: ignore[operator]
     penalty_T, kl = _penalty(credits, algo, scores)
     if credits:
-        _advantages(grouped, algo, shaped, penalty_T, scores)
+        running = running or Running(algo.running_weight, algo.running_decay)
+        _advantages(grouped, algo, shaped, penalty_T, scores, running)
     for name, stream_T in zip(("reference", "proximal", "values"), scores, strict=True):
         if stream_T is not None:
             for one, part in zip(credits, stream_T.double().cpu().split(lengths), strict=True):
@@ -152,18 +157,17 @@ def _advantages(
     shaped: Sequence[float],
     penalty_T: torch.Tensor,
     scores: Scores,
+    running: Running,
 ) -> None:
     """Fill in the advantages (and the critic's returns) of all rollouts."""
     credits = [one for group in grouped for one in group]
     lengths = [len(one.mask) for one in credits]
-    if algo.advantage in GROUP_ADVANTAGES:
+    if algo.advantage in GROUP_ADVANTAGES or algo.advantage == "running":
         totals = rollout_sums(penalty_T, lengths).tolist()
-        rewards = iter([reward - off for reward, off in zip(shaped, totals, strict=True)])
-        rule = getattr(advantage, algo.advantage)
-        for group in grouped:
-            given = rule([next(rewards) for _ in group], [one.rollout.weight for one in group])
-            for one, value in zip(group, given, strict=True):
-                one.advantages.fill_(value)
+        rewards = [reward - off for reward, off in zip(shaped, totals, strict=True)]
+        given = _one_number_each(grouped, algo, rewards, running)
+        for one, value in zip(credits, given, strict=True):
+            one.advantages.fill_(value)
         return
     rewards_T = -penalty_T
     ends = torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1
@@ -183,6 +187,23 @@ def _advantages(
             advantages_T = advantage.whiten(advantages_T, weights_T)
     for one, part in zip(credits, advantages_T.split(lengths), strict=True):
         one.advantages = part
+
+
+def _one_number_each(
+    grouped: Sequence[list[Credit]],
+    algo: AlgoSection,
+    rewards: Sequence[float],
+    running: Running,
+) -> list[float]:
+    """Advantages of whole rollouts, one after another."""
+    if algo.advantage == "running":
+        rollouts = [one.rollout for group in grouped for one in group]
+        rows = [rollout.prompt.row for rollout in rollouts]
+        return running.advantages(rewards, rows, [rollout.weight for rollout in rollouts])
+    rule, rest, given = getattr(advantage, algo.advantage), iter(rewards), []
+    for group in grouped:
+        given += rule([next(rest) for _ in group], [one.rollout.weight for one in group])
+    return given
 
 
 def _masks(credits: Sequence[Credit]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from reroll.algo.baseline import Running
 from reroll.config import AlgoSection, CorrectSection, TrainSection
 from reroll.model.attention import checkpoint_gradients
 from reroll.model.layout import Layout, in_order, lay_out
@@ -78,6 +79,8 @@ class Trainer:
         self.critic_steps = 0
         """optimizer steps of the critic tried"""
         self.skipped_in_a_row = 0
+        self.running = Running(algo.running_weight, algo.running_decay)
+        """rewards so far, for advantage = "running"; else empty"""
         switch_off_dropout(model)
         if train.gradient_checkpointing:
             checkpoint_gradients(model)
@@ -112,6 +115,7 @@ class Trainer:
             max_tokens=self.max_tokens,
             version=self.version,
             scores=self._scores(groups),
+            running=self.running,
         )
 
     @torch.no_grad()
@@ -156,26 +160,21 @@ class Trainer:
         Every epoch takes the same minibatches in the same order. Raises Diverged after
         `MAX_SKIPPED` steps in a row with a non-finite loss or gradient.
         """
-        algo = self.algo
+        algo, train = self.algo, self.train
         kl_in_loss = algo.kl_coef > 0 and algo.kl_in == "loss"
         skip_dead = not (kl_in_loss or algo.entropy_coef > 0 or self.critic)
         parts = minibatches(
-            groups,
-            self.train.minibatches,
-            self.train.microbatch_tokens,
-            skip_dead,
-            self.cost,
-            self.behind,
+            groups, train.minibatches, train.microbatch_tokens, skip_dead, self.cost, self.behind
         )
         sums, first = Sums(), True
         with self._training():
-            if len(parts) * self.train.epochs > 1 and self.rounds:
+            if len(parts) * train.epochs > 1 and self.rounds:
                 self._score_fresh(parts)
-            for part in parts * self.train.epochs:
+            for part in parts * train.epochs:
                 stepped = self._optimizer_step(part, first, sums)
                 first = first and not stepped
         self.batches += 1
-        parts *= self.train.epochs
+        parts *= train.epochs
         return sums.metrics(parts) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     @torch.no_grad()
@@ -282,16 +281,17 @@ class Trainer:
             "critic_steps": self.critic_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "shares": list(self.shares),
+            "running": self.running.state(),
             "critic": self.critic.state() if self.critic is not None else {},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
         self.version, self.batches = state["version"], state["batches"]
-        self.critic_steps = state["critic_steps"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.critic_steps, self.skipped_in_a_row = state["critic_steps"], state["skipped_in_a_row"]
         # the start-up check may say otherwise of these weights; a run keeps its forwards
         self._share(Shares(*state["shares"]))
+        self.running.load_state(state["running"])
         load_moments(self.optimizer, self.parameters, state["moments"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
