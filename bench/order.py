@@ -18,7 +18,7 @@ from reroll.simulate import run_arm
 from reroll.workload import make_arms, make_cost, make_replies
 
 SEEDS = (0, 1, 2, 3, 4)
-SHARES = (0.4, 0.6, 0.8)
+SHARES = (0.6, 0.8, 0.9)
 """of the variance between prompts"""
 SLOTS = (128, 64, 32)
 """for 512 rollouts: 4, 8 and 16 of them a slot"""

@@ -12,11 +12,13 @@ The demo policy on chain sums of 3 to 20 terms, whose replies are 5 to 200 token
         whole groups
 
 `sync_4x` collects four batches at once and takes four optimizer steps on them: the cheapest rival,
-without any machinery. The arms of a seed run by turns, a step each (`bench/turns.py`). Goodput is
-trained completion tokens per second of rollout; held-out reward is that of the last evaluation,
-after as many trained rollouts in every arm. Intervals are Student's t over seeds, of differences
-and ratios to `sync` with the same seed. `--quick` leaves arms, steps and seeds out, runs arms one
-after another and has no intervals.
+without any machinery. Its rollouts are of one policy, but the later steps train a policy up to
+three steps on (under PPO's clip), and in a its advantages are normalised over four times as many.
+The arms of a seed run by turns, a step each (`bench/turns.py`). Goodput is trained completion
+tokens per second of rollout; held-out reward is that of the last evaluation, after as many trained
+rollouts in every arm. `best_a` is the better of two arms by the very figures that are then given.
+Intervals are Student's t over seeds, of differences and ratios to `sync` with the same seed.
+`--quick` leaves arms, steps and seeds out, runs arms one after another and has no intervals.
 
     python -m bench.schedule [--quick] [--fresh]
 """
@@ -127,10 +129,9 @@ def run_arm_of(regime: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     settings["train.steps"] = str(int(settings["train.steps"]) // wide)
     with tempfile.TemporaryDirectory() as folder:
         if "task.source" in SIZE[regime]:
-            # twice as many held-out ones: those that also stand in the training split are left out
             for number, (name, split) in enumerate((("name", "train"), ("eval_name", "eval")), 1):
                 path = Path(folder) / f"{split}.jsonl"
-                write_problems(path, number * int(settings[f"task.{split}_size"]), seed=number)
+                write_problems(path, int(settings[f"task.{split}_size"]), seed=number)
                 settings[f"task.{name}"] = str(path)
         settings |= {"run.out": f"{folder}/run", "run.seed": str(seed)}
         demo = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"

@@ -21,19 +21,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "april that adds no group": (
         {"schedule.kind": "april", "schedule.over": 1.2, "rollout.prompts": 4},
-        "schedule.over = 1.2: of 4 that adds nothing to start; raise it to 1.25 or more, or use "
-        "'sync'",
+        "schedule.over = 1.2: of 4 that adds nothing to start; raise it to 1.25 or more, or set "
+        "schedule.kind = 'sync'",
     ),
     "april that adds no rollout": (
         {"schedule.kind": "april", "schedule.over": 1.01, "rollout.prompts": 4,
          "rollout.samples": 8, "algo.name": "reinforce_pp"},
-        "schedule.over = 1.01: of 32 that adds nothing to start; raise it to 1.032 or more, or use "
-        "'sync'",
+        "schedule.over = 1.01: of 32 that adds nothing to start; raise it to 1.032 or more, or "
+        "set schedule.kind = 'sync'",
     ),
     "tail batching that adds neither prompt nor sample": (
         {"schedule.kind": "tail_batch", "rollout.prompts": 2, "rollout.samples": 3},
-        "schedule.over = 1.25: of 3 that adds nothing to start; raise it to 1.334 or more, or use "
-        "'sync'",
+        "schedule.over = 1.25: of 3 that adds nothing to start; raise it to 1.334 or more, or "
+        "set schedule.kind = 'sync'",
     ),
     "stale tokens under a ratio of whole replies": (
         {"schedule.kind": "april", "algo.name": "gspo"},
@@ -46,6 +46,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "algo.dynamic_sampling = true: it looks for groups of unequal rewards, and with "
         "schedule.kind = 'sorted' and algo.advantage = 'gae' a batch is made of single rollouts; "
         "set one of the three otherwise",
+    ),
+    "a running baseline without groups of equal rewards": (
+        {"algo.name": "rloo_running", "algo.dynamic_sampling": True},
+        "algo.dynamic_sampling = true: it leaves out groups of equal rewards, and with "
+        "algo.advantage = 'running' these have a gradient too; false here",
     ),
     "staggered starts in another order": (
         {"reuse.on": True, "reuse.stagger": True, "schedule.kind": "longest_first"},

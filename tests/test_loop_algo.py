@@ -68,6 +68,10 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"critic_weights", "critic_moments"},
     ),
     "april": (LONG | {"schedule__kind": "april", "correct__mode": "tis"}, set()),
+    "april, single rollouts": (
+        LONG | {"schedule__kind": "april", "correct__mode": "tis", "algo__name": "rloo_running"},
+        set(),
+    ),
     "sorted, dynamic sampling": (
         LONG
         | DAPO
@@ -151,7 +155,24 @@ def test_two_steps_of_each_algorithm(name: str, project: Project) -> None:
     assert not any(torch.equal(now[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", ["reinforce_pp", "ppo"])
+def test_the_epoch_of_a_batch_is_that_of_its_earliest_prompt(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits, samples = [], reroll.loop.samples
+
+    def watched(step: int, groups: Sequence[Group], count: int) -> Any:
+        visits.append({r.visit for group in groups for r in group.rollouts})
+        return samples(step, groups, count)
+
+    monkeypatch.setattr(reroll.loop, "samples", watched)
+    changes = LONG | {"schedule__kind": "sorted", "correct__mode": "tis", "train__steps": 8}
+    run = train(project.config(**SHORT | changes)).path
+    assert [line["epoch"] for line in lines_of(run)] == [min(some) for some in visits]
+    # 10 prompts, 3 a batch, taken in 12 at a time: the place in the stream is far ahead
+    assert visits[0] == {0} and {0, 1} in visits
+
+
+@pytest.mark.parametrize("name", ["rloo_running", "reinforce_pp", "ppo"])
 def test_one_rollout_a_prompt_is_enough(name: str, project: Project) -> None:
     run = train(project.config(**SHORT, algo__name=name, rollout__samples=1)).path
     for line in lines_of(run):

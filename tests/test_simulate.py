@@ -104,6 +104,22 @@ def test_rates_and_shares_of_all_schedules() -> None:
         assert by_name[name]["waste"] > 0 and by_name[name]["length_bias"] < 1
 
 
+def test_longest_first_is_within_five_percent_of_the_order_of_true_lengths() -> None:
+    """16 rollouts a slot, from the second visit on. With fewer, or where samples of a prompt differ
+    more, what nobody can know before costs more (bench/order.py)."""
+    rows = records(
+        simulated(
+            tick_per_request=1 / 512, slots=32, prompts=64, samples=8, median=1500, cap=8192,
+            prompt_share=0.6, problems=128, warmup=2, updates=8,
+            schedules="sync,longest_first,oracle",
+        )
+    )  # fmt: skip
+    seconds = {row["schedule"]: row["seconds"] for row in rows}
+    assert seconds["oracle order"] <= seconds["longest first"] < 1.05 * seconds["oracle order"]
+    assert seconds["sync"] > 1.08 * seconds["oracle order"]
+    assert len({row["tokens_trained"] for row in rows}) == 1
+
+
 def test_a_split_batch_by_hand() -> None:
     # one length for all: 4 batches of 8 requests on 8 slots, ticks of 1 + 8 / 4 seconds
     row = row_of(schedules="sync_split", spread=0, train_tokens_per_second=20, sync_seconds=6)

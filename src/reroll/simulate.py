@@ -22,7 +22,7 @@ from reroll.rollout.buffer import Buffer, Unit
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import Collected, CollectSpec
 from reroll.rollout.decisions import Decisions, Graded
-from reroll.rollout.policies import make_schedule
+from reroll.rollout.policies import fifo, make_schedule
 from reroll.timeline import Occupancy, batch_of
 from reroll.types import Group, Purpose, Sampling
 from reroll.workload import Arm, Replies, make_arms, train_rate
@@ -127,7 +127,10 @@ class _Run:
         schedule = make_schedule(arm.schedule, slots)
         if arm.oracle:
             schedule = replace(
-                schedule, order=lambda m: -replies.length(m.request), by_sibling=False, ahead=None
+                schedule,
+                order=lambda member: (-replies.length(member.request), *fifo(member)),
+                by_sibling=False,
+                ahead=None,
             )
         self.units: list[Unit] = []
         """of the last batch"""

@@ -18,6 +18,9 @@ def test_a_first_batch_is_compared_with_its_others():
             0.5 - (2 * 0.5 + 0.0) / 2,  # nobody else of its prompt
         ]
     )
+    assert running.every == [0.0, 0.0] and running.prompts == {}
+    running.count()
+    running.count()  # once
     assert running.every == pytest.approx([1.5, 0.75])
     assert running.prompts == {7: pytest.approx([1.0, 0.5]), 8: pytest.approx([0.5, 0.25])}
 
@@ -31,10 +34,12 @@ def test_what_went_before_fades_and_counts():
             0.25 - (0.75 + 1.0) / 2.5,  # a new prompt: the mean of all
         ]
     )
+    running.count()
     assert running.every == pytest.approx([0.5 * 3.5, 0.5 * 2.0])
     assert running.prompts == {7: pytest.approx([1.0, 0.75]), 9: pytest.approx([0.5, 0.125])}
     # a prompt's own rewards fade only when it comes again
     running.advantages([0.0], [8], [1.0])
+    running.count()
     assert running.prompts[7] == pytest.approx([1.0, 0.75])
 
 
@@ -48,18 +53,21 @@ def test_alone_without_history_it_says_nothing():
     running = Running(4.0, 0.9)
     assert running.advantages([], [], []) == []
     assert running.advantages([1.0], [3], [1.0]) == [0.0]
+    running.count()
     assert running.advantages([0.0], [5], [1.0]) == pytest.approx([-1.0])
 
 
 def test_equal_rewards_are_no_signal_and_no_decay_forgets_at_once():
     running = Running(4.0, 0.0)
     assert running.advantages([1.0] * 3, [1, 2, 2], [1.0] * 3) == pytest.approx([0.0] * 3)
+    running.count()
     assert running.advantages([0.0, 1.0], [1, 1], [1.0] * 2) == pytest.approx([-1.0, 1.0])
 
 
 def test_the_state_goes_through_json():
     running = Running(4.0, 0.9)
     running.advantages([1.0, 0.0, 0.5], [7, 7, 8], [1.0] * 3)
+    running.count()
     other = Running(4.0, 0.9)
     other.load_state(json.loads(json.dumps(running.state())))
     assert other == running

@@ -56,7 +56,7 @@ def test_slots_and_prefill_batches_change_nothing(plain, slots: int, rows: int) 
 def test_long_rows_and_short_ones_are_prefilled_apart(monkeypatch) -> None:
     prompts = [(*range(1, 61 if i % 5 == 0 else 6), i) for i in range(10)]
     requests = [Request(i, prompt, i, Sampling(3)) for i, prompt in enumerate(prompts)]
-    engine = engine_of(slots=10, prefill_tokens=1024)
+    engine = engine_of(slots=10, prefill_tokens=400)
     run, sizes = engine.runner.prefill, []
     monkeypatch.setattr(
         engine.runner, "prefill", lambda rows, *a, **k: sizes.append([*map(len, rows)])
@@ -67,11 +67,12 @@ def test_long_rows_and_short_ones_are_prefilled_apart(monkeypatch) -> None:
 
 
 def test_rows_are_padded_no_further_than_the_models_last_position() -> None:
-    """A model with learnt positions has no vector for the next one."""
+    """A model with learnt positions has no vector for the next one. Only oneDNN gains by it."""
     kind, settings = SERVED["gpt2"]
     with patch.dict(SERVED, {"gpt2": (kind, settings | {"n_positions": 21})}):
-        engine = LocalEngine(tiny("gpt2"), slots=2, capacity=21)
+        engine = LocalEngine(tiny("gpt2", torch.float32), slots=2, capacity=21)
     assert [engine.runner.width(n) for n in (1, 16, 17, 21)] == [16, 16, 21, 21]
+    assert engine_of().runner.width(17) == 17  # float64
     requests = [Request(i, tuple(range(1, 18 + i)), i, Sampling(3)) for i in range(2)]
     alone = LocalEngine(engine.runner.model, slots=1, capacity=21, prefill_rows=1)
     assert tokens(finish(engine, requests)) == tokens(finish(alone, requests))

@@ -604,8 +604,10 @@ def test_windows_keep_to_the_bound_of_a_forward(bound, monkeypatch):
     run, sizes = engine.runner.prefill, []
 
     def watched(rows, *others, **more):
-        sizes.append((len(rows), engine.runner.width(max(map(len, rows)))))
-        return run(rows, *others, **more)
+        past = others[3].get_seq_length() if len(others) > 3 and others[3] else 0
+        ran = run(rows, *others, **more)
+        sizes.append((len(rows), ran.cache.get_seq_length() - past))
+        return ran
 
     monkeypatch.setattr(engine.runner, "prefill", watched)
     done = finish(engine, drafted)

@@ -2,9 +2,10 @@
 
 REINFORCE with a moving average for a baseline, made leave-one-out (cf. RLOO, arXiv 2402.14740): a
 rollout's baseline is the mean reward of its prompt, earlier batches fading, with the mean over all
-prompts standing in for a few rollouts. Its own reward is never in it, so with one ratio of 1 a
-token and average = "constant" the expected gradient is the policy gradient (over max_tokens),
-however wrong the baseline is. Works with one rollout a prompt, and with groups.
+prompts standing in for a few rollouts. Its own reward is never in it, so on policy, with average =
+"constant", the expected gradient is the policy gradient (over max_tokens), however wrong the
+baseline is. That needs rollouts that are independent of earlier ones: not those of held noise or
+lenient drafts. Works with one rollout a prompt, and with groups.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ class Running:
     """What is left of the rewards of earlier batches.
 
     weight: rollouts that the mean over all prompts counts as, in a prompt's own mean; more than 0.
-    decay: what a reward still counts after another batch (with its prompt in it, for that one's).
+    decay: what a reward still counts one batch later; in its prompt's mean, one batch that has the
+    prompt.
     """
 
     weight: float
@@ -26,11 +28,13 @@ class Running:
     """decayed (count, sum of rewards) of all rollouts"""
     prompts: dict[int, list[float]] = field(default_factory=dict)
     """the same of each prompt, by row"""
+    _next: tuple[list[float], dict[int, list[float]]] | None = None
+    """both, with the last batch in them"""
 
     def advantages(
         self, rewards_B: Sequence[float], rows_B: Sequence[int], weights_B: Sequence[float]
     ) -> list[float]:
-        """`r - baseline` of each of the batch's `B` rollouts; then the batch is counted.
+        """`r - baseline` of each of the batch's `B` rollouts. `count` then counts the batch.
 
         rows_B: of their prompts. weights_B: what each counts in means (1 as a rule). 0 for a
         rollout that is alone with no history.
@@ -52,9 +56,16 @@ class Running:
             count, total = own[row][0] - weight, own[row][1] - weight * reward
             baseline = (self.weight * mean + total) / (self.weight + count)
             advantages.append(reward - baseline)
-        self.every = [self.decay * x for x in every]
-        self.prompts |= {row: [self.decay * x for x in sums] for row, sums in own.items()}
+        faded = {row: [self.decay * x for x in sums] for row, sums in own.items()}
+        self._next = [self.decay * x for x in every], faded
         return advantages
+
+    def count(self) -> None:
+        """The last batch has been trained on: from now on it is history."""
+        if self._next is not None:
+            self.every = self._next[0]
+            self.prompts |= self._next[1]
+            self._next = None
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

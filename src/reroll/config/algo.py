@@ -40,7 +40,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     ),
     # arXiv 2402.14740
     "rloo": dict(advantage="rloo", ratio="product", average="sequence", **_REWARD),
-    # arXiv 2402.14740, against what went before instead of siblings
+    # arXiv 2402.14740, against what went before as well as siblings
     "rloo_running": dict(advantage="running", ratio="token", average="constant", **_REWARD),
     # arXiv 2501.03262
     "reinforce_pp": dict(advantage="reinforce_pp", ratio="token", average="token", **_REWARD),
@@ -73,7 +73,8 @@ class AlgoSection(Section):
         default=0.9,
         ge=0,
         lt=1,
-        description="running: what a reward still counts one batch later",
+        description="running: what a reward still counts one batch later (in its prompt's mean: "
+        "one batch with that prompt)",
     )
     ratio: Literal["token", "sequence", "product"] = Field(
         default="token",

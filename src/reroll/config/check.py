@@ -41,6 +41,11 @@ def _groups(config: "Config") -> str | None:
             "group, so it needs at least 2; 'running' (rloo_running), 'reinforce_pp' and 'gae' "
             "(ppo) can do with 1"
         )
+    if algo.advantage == "running" and algo.dynamic_sampling:
+        return (
+            "algo.dynamic_sampling = true: it leaves out groups of equal rewards, and with "
+            "algo.advantage = 'running' these have a gradient too; false here"
+        )
     if samples == 1 and algo.dynamic_sampling:
         return (
             "algo.dynamic_sampling = true: it looks for groups of unequal rewards, and with "

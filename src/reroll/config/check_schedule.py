@@ -30,7 +30,7 @@ def schedule_contradiction(config: "Config") -> str | None:
         most = max(_over_what(config))
         return (
             f"schedule.over = {schedule.over}: of {most} that adds nothing to start; raise it to "
-            f"{math.ceil(1000 * (1 + 1 / most)) / 1000:g} or more, or use 'sync'"
+            f"{math.ceil(1000 * (1 + 1 / most)) / 1000:g} or more, or set schedule.kind = 'sync'"
         )
     if schedule.stale and config.algo.ratio != "token" and config.correct.mode != "decoupled":
         return (

@@ -15,7 +15,6 @@ first), closes holes so that active slots stay packed at the front, and decodes 
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -44,8 +43,7 @@ class LocalEngine:
     """See the module. `capacity` is the tokens a slot holds: prompt + completion.
 
     `prefill_tokens` and `prefill_rows` bound one prefill forward (a single longer row runs alone).
-    `costs` decides which drafts are worth verifying. Raises UserError when the slots would not fit
-    in `cache_gb` GiB.
+    `costs` decides which drafts are verified. Raises UserError if slots exceed `cache_gb` GiB.
     """
 
     def __init__(
@@ -124,7 +122,7 @@ class LocalEngine:
             free = self.cache.slots - len(self._running)
             while self._waiting and self._starved(free - len(self._ready)):
                 events += self._prefill(free - len(self._ready))
-            self._admit()
+            self._admit(free)
             if self._running:
                 events += self._decode()
         if self.speculation.siblings:
@@ -252,12 +250,14 @@ class LocalEngine:
 
     # --- slots ----------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Fill free slots from the ready, in order; one copy for those of one prefill."""
-        free = self.cache.slots - len(self._running)
+    def _admit(self, free: int) -> None:
+        """Fill free slots from the ready; one copy for those of one forward."""
         chosen, self._ready = self._ready[:free], self._ready[free:]
-        for _, batch in groupby(chosen, key=lambda s: id(s.source[0])):
-            self._load(list(batch))
+        batches: dict[int, list[Running]] = {}
+        for sequence in chosen:
+            batches.setdefault(id(sequence.source[0]), []).append(sequence)
+        for batch in batches.values():
+            self._load(batch)
 
     def _load(self, batch: list[Running]) -> None:
         cache = batch[0].source[0]

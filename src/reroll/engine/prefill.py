@@ -69,24 +69,24 @@ class Plan:
 
 
 def next_rows(waiting: deque[Running], plan: Plan, max_rows: int, room: int) -> list[Row]:
-    """Take requests for one forward off the queue, in order, grouped into rows.
+    """Take requests for about one forward off the queue, in order, grouped into rows.
 
     room: requests without drafts of their own are taken for so many slots only, since later ones
     may have finished siblings to follow.
     """
     rows: dict[object, Row] = {}
-    width = 0
+    tokens = 0
     while waiting and (room > 0 or waiting[0].request.drafts):
         taken = _alike(waiting, plan, room)
         key = _key(taken[0], plan)
-        before = rows[key].sequences if key in rows else []
-        row = _row([*before, *taken], plan)
-        wider, count = max(width, len(row)), len(rows) + (key not in rows)
-        more = count > len(rows) or wider > width
-        if rows and (count > max_rows or (more and count * wider > plan.max_tokens)):
+        before = rows.get(key)
+        row = _row([*(before.sequences if before else ()), *taken], plan)
+        more = len(row) - (len(before) if before else 0)
+        full = before is None and len(rows) == max_rows
+        if rows and (full or (more > 0 and tokens + more > plan.max_tokens)):
             waiting.extendleft(reversed(taken))
             break
-        rows[key], width = row, wider
+        rows[key], tokens = row, tokens + more
         room -= len(taken)
     return list(rows.values())
 

@@ -22,8 +22,8 @@ from reroll.model.tree import tree_mask
 from reroll.types import Request
 
 WIDTHS = 16
-"""prefilled rows have multiples of this for widths: oneDNN prepares a product anew for each number
-of tokens that it has not met lately, which took a third of a forward's time (docs/log.md)"""
+"""under oneDNN prefilled rows have multiples of this for widths: it prepares a product anew for
+each number of tokens that it has not met lately, which took a third of a forward (docs/log.md)"""
 
 
 @dataclass(slots=True)
@@ -97,6 +97,8 @@ class Runner:
 
     def width(self, longest: int) -> int:
         """What rows of up to `longest` tokens are padded to, never beyond the model's positions."""
+        if not self._forwards:
+            return longest
         return max(longest, min(-(-longest // WIDTHS) * WIDTHS, self._last + 1))
 
     @contextmanager

@@ -5,7 +5,7 @@ A schedule is three functions and a fate. They see the buffer (`rollout/buffer.p
 units and updates and never reads the clock, so a resumed run is scheduled as the uninterrupted one:
 
     admit    how many units to take in now
-    order    a member's place in the queue, smallest first
+    order    a member's place in the queue, smallest first, no two the same
     harvest  the ready units that are the next batch, or None: not yet
     fate     what becomes of the units that are not in it
 

@@ -38,7 +38,7 @@ def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Promp
                 "training problems any more; go on with the task as it was"
             )
         unit = Unit(one["index"], rows[one["row"]], one["visit"], one["need"], one["admitted"])
-        unit.since, unit.cut = one["since"], one["cut"]
+        unit.since, unit.cut = one["since"], one.get("cut", 0)
         most = 1 + max(state["sample"] for state in one["members"])
         starts = collector.decisions.start(unit.prompt, unit.visit, most)
         for state in one["members"]:

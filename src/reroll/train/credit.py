@@ -78,8 +78,8 @@ def credit(
     """Credit of each group's graded rollouts, and metrics of the batch.
 
     max_tokens: limit on new tokens, for the overlong punishment. version: of the policy now.
-    running: the baseline of advantage = "running", which this batch is then counted in; None:
-    nothing went before.
+    running: the baseline of advantage = "running", which is told of this batch; None: nothing went
+    before.
     Raises UserError for tokens of several versions in one rollout under a ratio of whole rollouts.
     """
     grouped = [[_uncredited(r, correct, version) for r in graded([group])] for group in groups]

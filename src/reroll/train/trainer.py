@@ -174,6 +174,7 @@ class Trainer:
                 stepped = self._optimizer_step(part, first, sums)
                 first = first and not stepped
         self.batches += 1
+        self.running.count()
         parts *= train.epochs
         return sums.metrics(parts) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
 
@@ -291,7 +292,8 @@ class Trainer:
         self.critic_steps, self.skipped_in_a_row = state["critic_steps"], state["skipped_in_a_row"]
         # the start-up check may say otherwise of these weights; a run keeps its forwards
         self._share(Shares(*state["shares"]))
-        self.running.load_state(state["running"])
+        if "running" in state:  # not in checkpoints of before there was such a baseline
+            self.running.load_state(state["running"])
         load_moments(self.optimizer, self.parameters, state["moments"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
