@@ -30,7 +30,7 @@ def run(share: float, slots: int, seed: int, quick: bool) -> dict[str, dict[str,
     settings: dict[str, Any] = dict(
         tick_base=1.0, tick_per_request=1 / 512, slots=slots, median=1500, spread=0.8, cap=8192,
         prompt_share=share, problems=256, warmup=4, updates=4 if quick else 24, seed=seed,
-        schedules=ARMS,
+        schedules=[*ARMS],
     )  # fmt: skip
     config = SimulateConfig(**settings)
     cost, replies = make_cost(config), make_replies(config)
