@@ -90,9 +90,27 @@ class Lenience:
     """kept tokens keep their writer's log-probs and version instead of this visit's"""
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What an engine is to report of a request on its way, as `Probed` events."""
+
+    at: tuple[int, ...] = ()
+    """after so many completion tokens, prefix included"""
+    steps: tuple[int, ...] = ()
+    """after so many tokens that end a step, counted from 1"""
+    step_ids: frozenset[int] = frozenset()
+    """the tokens that do"""
+    hidden: bool = True
+    """with the last hidden state"""
+    entropy: bool = False
+    """with the entropies of the laws that its tokens were drawn from"""
+    last: bool = False
+    """once more when its last token is drawn"""
+
+
 @dataclass(slots=True)
 class Completion:
-    """Completion tokens with their token-aligned streams, all of length `L`.
+    """Completion tokens with their token-aligned streams, all of length `L` (or not there at all).
 
     Prefix tokens stand first, with log-probs 0, version -1 and loss mask False.
     """
@@ -106,6 +124,8 @@ class Completion:
     versions: list[int] = field(default_factory=list)
     """policy version that drew each token"""
     loss_mask: list[bool] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    """of the tempered law that each token was drawn from, in nats; empty unless watched for"""
     finish: Finish = Finish.ABORT
     abort_reason: str = ""
     accepted: int = 0
@@ -134,8 +154,7 @@ class Request:
     """accept `drafts[0]`, and it alone, by this rule; None: lossless"""
     partial: Completion | None = None
     """an aborted completion of this very request (same key) to go on from"""
-    probe_at: tuple[int, ...] = ()
-    """counts of completion tokens at which the engine reports a `Probed` event"""
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         rule = self.lenience

@@ -15,7 +15,7 @@ from reroll.engine.costs import CHUNKS, TYPICAL, Costs, best_chunk
 from reroll.engine.local import LocalEngine, Speculation
 from reroll.engine.redraft import Texts, count_rates
 from reroll.engine.shares import Shares
-from reroll.types import Completion, Draft, Finish, Request, Sampling
+from reroll.types import Completion, Draft, Finish, Request, Sampling, Watch
 from tests.engine.helpers import finish, tokens
 from tests.engine.test_trees import CHEAP, check_same, engine_of, tiny_model
 from tests.tiny import VOCABULARY
@@ -312,7 +312,7 @@ def test_probed_and_unprobed_share_chunks():
     plain = finish(engine_of(slots=1), requests)
     drafted = shifted_drafts(requests, plain, random.Random(1))
     every = tuple(range(40))
-    drafted = [replace(r, probe_at=every) if r.id % 2 else r for r in drafted]
+    drafted = [replace(r, watch=Watch(at=every)) if r.id % 2 else r for r in drafted]
     engine = engine_of(slots=4, redraft=8)
     for request in drafted:
         engine.submit(request)
@@ -323,7 +323,7 @@ def test_probed_and_unprobed_share_chunks():
                 done[event.completion.request_id] = event.completion
             else:
                 seen.append((event.request_id, event.position))
-                assert event.features.shape == (32,)
+                assert event.hidden.shape == (32,)
     check_same(done, plain)
     expected = [(r.id, n) for r in drafted if r.id % 2 for n in range(r.sampling.max_tokens)]
     assert sorted(seen) == expected

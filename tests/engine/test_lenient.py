@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from reroll.algo.noise import make_key, uniform
 from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
-from reroll.types import Completion, Draft, Finish, Lenience, Request, Sampling
+from reroll.types import Completion, Draft, Finish, Lenience, Request, Sampling, Watch
 from tests.algo.laws import ALPHA
 from tests.engine.helpers import finish, finish_with_probes
 from tests.engine.test_trees import check_same, engine_of, tiny_model
@@ -318,7 +318,7 @@ def test_lenience_needs_the_whole_tempered_law(law):
 def test_probes_of_lenient_requests(limits):
     """Each of a row, those that end inside their drafts as well, gets its own states."""
     requests = [
-        replace(r, probe_at=(0, 1, 3, 5), prefix_ids=(), sampling=Sampling(limit))
+        replace(r, watch=Watch(at=(0, 1, 3, 5)), prefix_ids=(), sampling=Sampling(limit))
         for r, limit in zip(lenient_requests(8, factor=0.9), limits, strict=True)
     ]
     requests = [replace(r, lenience=Lenience(math.inf)) if r.id % 2 else r for r in requests]
@@ -336,7 +336,7 @@ def test_probes_of_lenient_requests(limits):
         text = [*P, *done[event.request_id].token_ids[: event.position]]
         with torch.no_grad():
             hidden = model.model(input_ids=torch.tensor([text])).last_hidden_state[0, -1]
-        assert torch.allclose(event.features, hidden, atol=1e-9)
+        assert torch.allclose(event.hidden, hidden, atol=1e-9)
 
 
 @pytest.mark.parametrize("ticks", [1, 3])

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from reroll.algo.noise import make_key
 from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
-from reroll.types import Draft, Finish, Request, Sampling
+from reroll.types import Draft, Finish, Request, Sampling, Watch
 from tests.engine.helpers import finish, finish_with_probes, tokens
 from tests.tiny import SERVED, VOCABULARY, tiny
 
@@ -364,7 +364,7 @@ def test_score_equals_the_logprobs_that_step_returned() -> None:
 def test_probes_report_the_last_hidden_state(plain, with_draft: bool) -> None:
     engine = engine_of()
     requests = [
-        replace(r, probe_at=(1, 4, 8), drafts=(Draft(plain[r.id][:6]),) if with_draft else ())
+        replace(r, watch=Watch((1, 4, 8)), drafts=(Draft(plain[r.id][:6]),) if with_draft else ())
         for r in some_requests()
     ]
     done, probes = finish_with_probes(engine, requests)
@@ -376,7 +376,7 @@ def test_probes_report_the_last_hidden_state(plain, with_draft: bool) -> None:
         text = [*requests[event.request_id].prompt_ids, *plain[event.request_id][: event.position]]
         with torch.no_grad():
             hidden = model.model(input_ids=torch.tensor([text])).last_hidden_state[0, -1]
-        assert torch.allclose(event.features, hidden, atol=1e-9)
+        assert torch.allclose(event.hidden, hidden, atol=1e-9)
 
 
 def test_too_long_a_request_is_refused() -> None:

@@ -15,7 +15,7 @@ import torch
 from reroll.algo.noise import make_key
 from reroll.engine.costs import Costs
 from reroll.engine.local import LocalEngine, Speculation
-from reroll.types import Completion, Draft, Finish, Lenience, Request, Sampling
+from reroll.types import Completion, Draft, Finish, Lenience, Request, Sampling, Watch
 from tests.engine.helpers import finish, finish_with_probes, tokens
 from tests.tiny import VOCABULARY, tiny
 
@@ -368,11 +368,11 @@ def test_probes_report_the_states_of_plain_forwards(speculation):
     plain, rng = plain_of(), random.Random(3)
     requests = some_drafts(mixed_requests(), plain, rng)
     # one group is not probed: it shares forwards with those that are
-    requests = [replace(r, probe_at=(0, 1, 4, 5, 9)) if r.id > 3 else r for r in requests]
+    requests = [replace(r, watch=Watch(at=(0, 1, 4, 5, 9))) if r.id > 3 else r for r in requests]
     engine = engine_of(slots=4, **speculation)
     done, probes = finish_with_probes(engine, requests)
     check_same(done, plain)
-    asked = {(r.id, p) for r in requests for p in r.probe_at}
+    asked = {(r.id, p) for r in requests for p in (r.watch.at if r.watch else ())}
     expected = {(i, p) for i, p in asked if p < len(plain[i].token_ids)}
     assert len(probes) == len(expected)
     assert {(e.request_id, e.position) for e in probes} == expected
@@ -383,7 +383,7 @@ def test_probes_report_the_states_of_plain_forwards(speculation):
         text = [*prompts[event.request_id], *plain[event.request_id].token_ids[: event.position]]
         with torch.no_grad():
             hidden = model.model(input_ids=torch.tensor([text])).last_hidden_state[0, -1]
-        assert torch.allclose(event.features, hidden, atol=1e-9)
+        assert torch.allclose(event.hidden, hidden, atol=1e-9)
 
 
 # --- special drafts -----------------------------------------------------------------------------
@@ -581,11 +581,11 @@ def test_without_branching_no_forward_needs_a_mask(monkeypatch):
     engine = engine_of(branching=False, window=4)
     run, forwards = engine.runner.prefill, []
     monkeypatch.setattr(
-        engine.runner, "prefill", lambda *a, **k: forwards.append(a[3:]) or run(*a, **k)
+        engine.runner, "prefill", lambda *a, **k: forwards.append(a[3]) or run(*a, **k)
     )
     done = finish(engine, [replace(request, drafts=(Draft(plain[0].token_ids),))])
     check_same(done, plain)
-    assert forwards == [()]
+    assert forwards == [None]
     assert done[0].walked == 49 and engine.stats().ticks == 0
 
 

@@ -27,6 +27,7 @@ class Law(NamedTuple):
     top_p: torch.Tensor
     any_greedy: bool
     any_truncated: bool
+    any_entropy: bool = False
 
 
 class Drawn(NamedTuple):
@@ -35,6 +36,8 @@ class Drawn(NamedTuple):
     tokens: torch.Tensor
     logprobs: torch.Tensor
     behaviour_logprobs: torch.Tensor
+    entropies: torch.Tensor | None = None
+    """`[B]` of the tempered laws, in nats, if any row wants it"""
 
 
 def draw(logits_BV: torch.Tensor, positions_B: torch.Tensor, law: Law) -> Drawn:
@@ -58,7 +61,16 @@ def draw(logits_BV: torch.Tensor, positions_B: torch.Tensor, law: Law) -> Drawn:
     behaviour_B = pick(sampled_BV, tokens_B) if law.any_truncated else logprobs_B
     if law.any_greedy:
         behaviour_B = torch.where(greedy_B, 0.0, behaviour_B)
-    return Drawn(tokens_B, logprobs_B, behaviour_B)
+    entropies_B = entropy(tempered_BV) if law.any_entropy else None
+    return Drawn(tokens_B, logprobs_B, behaviour_B, entropies_B)
+
+
+def entropy(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Of the law that logits stand for, in nats, `[B]`: log Z - sum p * logit."""
+    # what is impossible (-inf) adds nothing
+    laws_BV = logits_BV.softmax(-1)
+    inner_B = (laws_BV * logits_BV.clamp(min=torch.finfo(logits_BV.dtype).min)).sum(-1)
+    return (logits_BV.logsumexp(-1) - inner_B).clamp(min=0)
 
 
 def pick(logits_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:

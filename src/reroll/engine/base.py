@@ -24,13 +24,23 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """A request reached one of its probe positions."""
+    """A request came to a place that it is watched at; it may have gone on or ended by now."""
 
     request_id: int
     position: int
-    """completion tokens drawn so far, prefix included"""
-    features: torch.Tensor
-    """last hidden state `[H]` after reading that many completion tokens"""
+    """completion tokens read, prefix included"""
+    hidden: torch.Tensor | None
+    """last hidden state `[H]` after reading them, if asked for"""
+    token_ids: list[int]
+    """`[position]` these tokens (of a last one: all tokens, that which ended it included)"""
+    logprobs: list[float]
+    """`[position]`"""
+    entropies: list[float]
+    """`[position]`, empty unless asked for"""
+    place: int = 0
+    """which of the watch's `at`, then `steps`"""
+    last: bool = False
+    """it has ended: the state is that which its last token was drawn from"""
 
 
 Event = Finished | Probed

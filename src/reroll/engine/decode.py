@@ -16,6 +16,7 @@ from reroll.engine.runner import Runner, make_law, take
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.shares import Shares
 from reroll.engine.slots import SlotCache
+from reroll.engine.watch import probes, wants_hidden
 
 Offer = tuple[list[int], int]
 """(tokens that may come next, which match size found them; -1: none)"""
@@ -53,12 +54,12 @@ class Decoder:
         if most > 1:
             chunk, offers = self._offers(running, most, costs)
         longest = max(sequence.length for sequence in running) + chunk
-        hidden = any(s.request.probe_at for s in running)
         tokens = self._tokens[:, None]
         if chunk > 1:
             padded = [[*o[: chunk - 1], *[0] * (chunk - 1 - len(o))] for o, _ in offers]
             offered = torch.tensor(padded, device=self.runner.device)
             tokens = torch.cat([tokens, offered], dim=1)
+        hidden = self._hidden
         logits, states = self.runner.decode(self.cache, tokens, self._lengths, longest, hidden)
         self._book(running, chunk, offers)
         if chunk == 1:
@@ -123,7 +124,8 @@ class Decoder:
         # the first refusal ends an offer: what comes after was not tried
         trials = hits + (hits < np.array(sizes)[tried])
         self.rates.add(np.array([which for _, which in offers])[tried], trials, hits)
-        return Drawn(*(stream[kept] for stream in drawn)), [count + 1 for count in counts]
+        streams = (stream if stream is None else stream[kept] for stream in drawn)
+        return Drawn(*streams), [count + 1 for count in counts]
 
     def _advance(self, last: torch.Tensor, count: torch.Tensor | int) -> None:
         self._tokens = last
@@ -143,12 +145,13 @@ class Decoder:
         tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         other = law.any_truncated or law.any_greedy
         behaviour = drawn.behaviour_logprobs.tolist() if other else logprobs
+        entropies = logprobs if drawn.entropies is None else drawn.entropies.tolist()
         events: list[Probed] = []
         at = 0
         for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
             before = len(sequence.completion.token_ids)
             for i in range(at, at + count):
-                sequence.take(tokens[i], logprobs[i], behaviour[i], version)
+                sequence.take(tokens[i], logprobs[i], behaviour[i], entropies[i], version)
                 if sequence.finished:
                     break
             at += count
@@ -158,8 +161,8 @@ class Decoder:
             sequence.completion.accepted += kept
             self.stats.tokens_redraft_reused += kept
             self.stats.tokens_reused += kept
-            if states is not None:
-                events += sequence.probes(states[slot], before, taken)
+            if self._watched:
+                events += probes(sequence, None if states is None else states[slot], before, taken)
         return events
 
     def _book(self, running: Sequence[Running], chunk: int, offers: Sequence[Offer]) -> None:
@@ -179,6 +182,8 @@ class Decoder:
         """Rebuild the per-slot tensors after slots have changed hands."""
         device = self.runner.device
         self._law = make_law([s.request for s in running], device)
+        self._watched = any(s.request.watch is not None for s in running)
+        self._hidden = wants_hidden(running)
         last = [s.completion.token_ids[-1] for s in running]
         self._tokens = torch.tensor(last, device=device)
         self._lengths = torch.tensor([s.length for s in running], device=device)

@@ -10,7 +10,7 @@ import torch
 
 from reroll.algo.accept import lenient, random_cut
 from reroll.algo.noise import uniform
-from reroll.algo.sample import pick
+from reroll.algo.sample import entropy, pick
 from reroll.engine.walk import Walk
 
 
@@ -26,20 +26,24 @@ def accept_lenient(walk: Walk, logits: torch.Tensor) -> None:
     rows = forest.first_text[walk.row[live]] + np.array([s.text for s in samples])
     nodes = forest.paths[rows][:, : width + 1]
     inside = np.arange(width) < lengths[:, None]
-    new = np.zeros(inside.shape)
+    new, entropies = np.zeros(inside.shape), np.zeros(inside.shape)
     device = walk.runner.device
     which = inside.nonzero()[0]
     flat = torch.tensor([x for t in tokens for x in t], device=device)
     temperature = walk.law.temperature[torch.from_numpy(np.array(live)[which]).to(device)]
     after = logits[torch.from_numpy(forest.logit[nodes[:, :width][inside]]).to(device)]
     after = after if after.dtype == torch.float64 else after.float()
-    new[inside] = pick(after / temperature[:, None], flat).double().cpu().numpy()
+    tempered = after / temperature[:, None]
+    new[inside] = pick(tempered, flat).double().cpu().numpy()
+    if walk.law.any_entropy:
+        entropies[inside] = entropy(tempered).double().cpu().numpy()
     kept = _kept(walk, live, new, lengths)
     for row, (i, sample) in enumerate(zip(live, samples, strict=True)):
         count = kept[row]
         # an ending has no node: nothing is drawn after it
         walk.at[i] = nodes[row, : count + 1].max()
-        sample.take_kept(count, new[row, :count].tolist(), walk.version)
+        streams = new[row, :count].tolist(), entropies[row, :count].tolist()
+        sample.take_kept(count, *streams, walk.version)
         walk.walking[i] = False
     drawing = np.array([i for i, s in zip(live, samples, strict=True) if not s.finished], int)
     if len(drawing):

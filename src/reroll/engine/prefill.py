@@ -22,6 +22,7 @@ from reroll.engine.runner import Columns, Prefilled, Runner
 from reroll.engine.sequence import Sequence as Running
 from reroll.engine.shares import Shares
 from reroll.engine.walk import Forest, Walk
+from reroll.engine.watch import probes, wants_hidden
 from reroll.model.tree import EVERYTHING, Tree, merge, pad_columns
 
 
@@ -137,15 +138,14 @@ def prefill(
     forest = Forest([row.tree for row in rows])
     samples = [(index, s) for index, row in enumerate(rows) for s in row.sequences]
     walk = Walk(runner, forest, samples, version, plan.follow)
-    hidden = any(s.request.probe_at for s in walk.samples)
+    hidden = wants_hidden(walk.samples)
     which = list(range(len(rows)))
-    ran = _forward(runner, forest, rows, which, None, hidden)
+    ran = _forward(walk, rows, which, None, hidden)
     accept_lenient(walk, ran.logits)
     walk.go(ran.logits)
-    events = _probes(walk, ran) if hidden else []
     _settle(walk, rows, which, ran.cache)
-    if not hidden:  # a probe needs the states of one forward: it stops at its first window
-        _go_deeper(walk, rows, which, ran.cache, plan, 1 + plan.window)
+    _go_deeper(walk, rows, which, ran.cache, plan, 1 + plan.window, hidden)
+    events = _probes(walk) if any(s.request.watch for s in walk.samples) else []
     for index in walk.waiting():  # the token in hand stands on the tree, but was not verified
         walk.samples[index].completion.accepted -= 1
         walk.samples[index].completion.walked -= 1
@@ -161,6 +161,7 @@ def _go_deeper(
     cache: DynamicCache,
     plan: Plan,
     depth: int,
+    hidden: bool,
 ) -> None:
     """Run the window of these rows that begins at `depth`, behind what their cache holds, as many
     of them at once as the bound allows, and each of these forwards' own next window."""
@@ -173,21 +174,17 @@ def _go_deeper(
         count = sum((n + 1) * width <= plan.max_tokens for n, width in enumerate(widest))
         some, further = further[: max(count, 1)], further[max(count, 1) :]
         past = _select(cache, [which.index(row) for row in some])
-        ran = _forward(walk.runner, walk.forest, rows, some, past, False)
+        ran = _forward(walk, rows, some, past, hidden)
         walk.go(ran.logits)
         _settle(walk, rows, some, ran.cache)
-        _go_deeper(walk, rows, some, ran.cache, plan, depth + plan.window)
+        _go_deeper(walk, rows, some, ran.cache, plan, depth + plan.window, hidden)
 
 
 def _forward(
-    runner: Runner,
-    forest: Forest,
-    rows: Sequence[Row],
-    which: Sequence[int],
-    past: DynamicCache | None,
-    hidden: bool,
+    walk: Walk, rows: Sequence[Row], which: Sequence[int], past: DynamicCache | None, hidden: bool
 ) -> Prefilled:
     """Run the chosen nodes of some rows (and what is given, if nothing is past)."""
+    runner, forest = walk.runner, walk.forest
     forest.logit[:] = -1
     texts, columns, starts, total = [], [], [], 0
     width = 0 if past is None else past.get_seq_length()
@@ -211,10 +208,13 @@ def _forward(
     for index, own in zip(which, columns, strict=True):
         own = pad_columns(own, widest)
         rows[index].columns = np.concatenate([rows[index].columns, own], axis=1)
-    if past is None and all(_is_chain(rows[index]) for index in which):
-        return runner.prefill(texts, starts, hidden, width=widest)  # causal: no mask to read
-    stacked = Columns(*np.stack([rows[index].columns for index in which], axis=1))
-    return runner.prefill(texts, starts, hidden, stacked, past, widest)
+    stacked = None
+    if past is not None or not all(_is_chain(rows[index]) for index in which):  # else causal
+        stacked = Columns(*np.stack([rows[index].columns for index in which], axis=1))
+    prefilled = runner.prefill(texts, starts, hidden, stacked, past, widest)
+    if prefilled.hidden is not None:
+        walk.remember(prefilled.hidden)
+    return prefilled
 
 
 def _is_chain(row: Row) -> bool:
@@ -288,13 +288,11 @@ def _count(stats: Stats, row: Row, ran: np.ndarray) -> None:
         stats.trees_skipped += verified == 0
 
 
-def _probes(walk: Walk, ran: Prefilled) -> list[Probed]:
+def _probes(walk: Walk) -> list[Probed]:
     """Probe events of the tokens drawn so far."""
-    assert ran.hidden is not None
-    events = []
+    events: list[Probed] = []
     for index, sequence in enumerate(walk.samples):
         drawn = len(sequence.completion.token_ids) - int(walk.begin[index])
         passed = walk.forest.path(walk.at[index], 0, drawn)
-        states = ran.hidden[walk.forest.logit[passed]]
-        events += sequence.probes(states, int(walk.begin[index]), drawn)
+        events += probes(sequence, walk.states(passed), int(walk.begin[index]), drawn)
     return events

@@ -56,13 +56,14 @@ def make_law(requests: Sequence[Request], device: torch.device) -> Law:
         top_p=torch.tensor([float(s.top_p) for s in settings], device=device),
         any_greedy=any(s.temperature == 0 for s in settings),
         any_truncated=any(s.top_k > 0 or s.top_p < 1 for s in settings),
+        any_entropy=any(r.watch is not None and r.watch.entropy for r in requests),
     )
 
 
 def take(law: Law, rows: torch.Tensor) -> Law:
     """The law of some of its rows."""
     picked = (law.keys[rows], law.temperature[rows], law.top_k[rows], law.top_p[rows])
-    return Law(*picked, law.any_greedy, law.any_truncated)
+    return Law(*picked, law.any_greedy, law.any_truncated, law.any_entropy)
 
 
 class Runner:

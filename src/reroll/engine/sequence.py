@@ -10,11 +10,11 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import torch
-
-from reroll.engine.base import Probed
 from reroll.engine.redraft import Texts
 from reroll.types import Completion, Draft, Finish, Request
+
+STREAMS = ("token_ids", "logprobs", "behaviour_logprobs", "versions", "loss_mask", "entropies")
+"""of a completion, one entry a token"""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +44,11 @@ class Sequence:
         completion = _resume(request)
         tokens = (*request.prompt_ids, *completion.token_ids)
         return cls(request, completion, len(tokens), texts, _given=tokens)
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether entropies are kept."""
+        return self.request.watch is not None and self.request.watch.entropy
 
     @property
     def done(self) -> int:
@@ -97,13 +102,14 @@ class Sequence:
         tokens: list[int],
         logprobs: list[float],
         behaviour: list[float],
+        entropies: list[float],
         version: int,
         accepted: int,
     ) -> None:
         """Take tokens drawn along a draft tree; the first `accepted` of them stood in it."""
         before = self.done
-        for token, logprob, behaviour_logprob in zip(tokens, logprobs, behaviour, strict=True):
-            self.take(token, logprob, behaviour_logprob, version)
+        for token, *streams in zip(tokens, logprobs, behaviour, entropies, strict=True):
+            self.take(token, *streams, version)
             if self.finished:
                 break
         taken = min(self.done - before, accepted)
@@ -111,20 +117,26 @@ class Sequence:
         self.completion.walked += taken
         self.length = len(self.request.prompt_ids) + len(self.completion.token_ids) - 1
 
-    def take_kept(self, count: int, logprobs: list[float], version: int) -> None:
+    def take_kept(
+        self, count: int, logprobs: list[float], entropies: list[float], version: int
+    ) -> None:
         """Take the first tokens of its own draft under lenience, with these log-probs of now."""
         draft, rule, start = self.request.drafts[0], self.request.lenience, self.done
         assert rule is not None
-        for token, logprob in zip(self.guessed()[:count], logprobs, strict=True):
+        kept = self.guessed()[:count]
+        for token, logprob, entropy in zip(kept, logprobs, entropies, strict=True):
             at = self.done
             writer = rule.keep_writer
             logprob = float(draft.logprobs[at]) if writer else logprob
-            self.take(token, logprob, logprob, int(draft.versions[at]) if writer else version)
+            written = int(draft.versions[at]) if writer else version
+            self.take(token, logprob, logprob, entropy, written)
         self.completion.accepted += self.done - start
         self.completion.walked += self.done - start
         self.length = len(self.request.prompt_ids) + len(self.completion.token_ids) - 1
 
-    def take(self, token: int, logprob: float, behaviour_logprob: float, version: int) -> None:
+    def take(
+        self, token: int, logprob: float, behaviour_logprob: float, entropy: float, version: int
+    ) -> None:
         """Append one drawn token; set `finished` at a stop id or the limit."""
         completion = self.completion
         completion.token_ids.append(token)
@@ -132,24 +144,14 @@ class Sequence:
         completion.behaviour_logprobs.append(behaviour_logprob)
         completion.versions.append(version)
         completion.loss_mask.append(True)
+        if self._weighs:
+            completion.entropies.append(entropy)
         self.length += 1
         sampling = self.request.sampling
         if token in sampling.stop_ids:
             completion.finish, self.finished = Finish.STOP, True
         elif len(completion.token_ids) - len(self.request.prefix_ids) >= sampling.max_tokens:
             completion.finish, self.finished = Finish.LENGTH, True
-
-    def probes(self, states: torch.Tensor, begin: int, drawn: int) -> list[Probed]:
-        """Probe events among the forwards that drew tokens begin, ..., begin + drawn - 1.
-
-        states: `[drawn, H]`, that from which each of them was drawn, that is, after reading as
-        many completion tokens as stand before it.
-        """
-        return [
-            Probed(self.request.id, position, states[position - begin].clone())
-            for position in self.request.probe_at
-            if begin <= position < begin + drawn
-        ]
 
     def expected_left(self) -> float:
         """Tokens still to come, by the mean length of earlier texts; unknown: up to the limit. What
@@ -168,7 +170,8 @@ class Sequence:
     def check(self, capacity: int = 1 << 62) -> None:
         """Streams are aligned, and all tokens but the last have keys and values, in one slot."""
         c = self.completion
-        streams = (c.logprobs, c.behaviour_logprobs, c.versions, c.loss_mask)
+        assert self._weighs or not c.entropies
+        streams = [getattr(c, name) for name in STREAMS[: 5 + self._weighs]]
         assert all(len(stream) == len(c.token_ids) for stream in streams)
         assert self.length == len(self.request.prompt_ids) + len(c.token_ids) - 1 < capacity
 
@@ -178,9 +181,9 @@ def _resume(request: Request) -> Completion:
     if request.partial is None:
         size = len(request.prefix_ids)
         zeros = [0.0] * size
-        return Completion(
-            request.id, list(request.prefix_ids), zeros, list(zeros), [-1] * size, [False] * size
-        )
+        entropies = list(zeros) if request.watch is not None and request.watch.entropy else []
+        given = list(request.prefix_ids), zeros, list(zeros), [-1] * size, [False] * size
+        return Completion(request.id, *given, entropies)
     partial = copy(request.partial)
     prefix = tuple(partial.token_ids[: len(request.prefix_ids)])
     if prefix != request.prefix_ids:
@@ -188,6 +191,6 @@ def _resume(request: Request) -> Completion:
             f"request {request.id}: the partial completion does not begin with its prefix"
         )
     partial.request_id, partial.abort_reason = request.id, ""
-    for stream in ("token_ids", "logprobs", "behaviour_logprobs", "versions", "loss_mask"):
+    for stream in STREAMS:
         setattr(partial, stream, list(getattr(partial, stream)))
     return partial

@@ -44,6 +44,8 @@ class Forest:
         """node of each text at each depth"""
         self.logit = np.full(sizes.sum(), -1)
         """row of the present forward's logits after each node; -1: not in it"""
+        self.state = np.full(sizes.sum(), -1)
+        """row of the remembered hidden states after each node; -1: none is"""
         self.column = np.full(sizes.sum(), -1)
         """column of each node in its row's keys and values"""
         parents = []
@@ -85,6 +87,22 @@ class Walk:
         self.walking = np.ones(len(samples), bool)
         self.begin = np.array([len(s.completion.token_ids) for s in self.samples])
         self.law = make_law([s.request for s in self.samples], runner.device)
+        self._states: list[torch.Tensor] = []
+
+    def remember(self, states: torch.Tensor) -> None:
+        """Hidden states `[N, H]` of the present forward, in the order of its logits."""
+        forest, before = self.forest, sum(map(len, self._states))
+        inside = forest.logit >= 0
+        forest.state[inside] = before + forest.logit[inside]
+        self._states.append(states)
+
+    def states(self, nodes: np.ndarray) -> torch.Tensor | None:
+        """Of these nodes, remembered; None: no states were."""
+        if not self._states:
+            return None
+        if len(self._states) > 1:
+            self._states = [torch.cat(self._states)]
+        return self._states[0][torch.from_numpy(self.forest.state[nodes]).to(self.runner.device)]
 
     def go(self, logits: torch.Tensor) -> None:
         """Walk as far as `logits` (rows by `forest.logit`) and the trees go."""
@@ -97,7 +115,8 @@ class Walk:
     def draw(
         self, live: np.ndarray, index: np.ndarray, ready: np.ndarray, logits: torch.Tensor
     ) -> list[np.ndarray]:
-        """The samplers' own choices `[A, C]` after nodes with these logits, and their log-probs.
+        """The samplers' own choices `[A, C]` after nodes with these logits, their log-probs, and
+        entropies (zeros where nobody wants them).
 
         live: samples; index: rows of logits `[A, C]` at depths from where each stands; ready:
         which of them are wanted.
@@ -110,9 +129,10 @@ class Walk:
             torch.from_numpy(position).to(device),
             take(self.law, torch.from_numpy(live[which]).to(device)),
         )
-        streams = [np.zeros(ready.shape, np.int64), np.zeros(ready.shape), np.zeros(ready.shape)]
+        streams = [np.zeros(ready.shape, np.int64 if i == 0 else float) for i in range(4)]
         for stream, values in zip(streams, drawn, strict=True):
-            stream[ready] = values.cpu().numpy()
+            if values is not None:
+                stream[ready] = values.cpu().numpy()
         return streams
 
     def _stretch(self, live: np.ndarray, logits: torch.Tensor) -> None:
@@ -121,7 +141,7 @@ class Walk:
         ahead = forest.paths[forest.via[at][:, None], steps]
         index = np.where(ahead[:, :-1] >= 0, forest.logit[ahead[:, :-1]], -1)
         ready = np.logical_and.accumulate(index >= 0, axis=1)
-        tokens, logprobs, behaviour = self.draw(live, index, ready, logits)
+        tokens, *others = self.draw(live, index, ready, logits)
         guess = np.where(ahead[:, 1:] >= 0, forest.tokens[ahead[:, 1:]], -1)
         agree = np.logical_and.accumulate((tokens == guess) & ready, axis=1)
         kept, size = agree.sum(1), ready.sum(1)
@@ -133,7 +153,7 @@ class Walk:
             forest.child(ahead[rows, last], tokens[rows, last]),
         )
         left = ahead[rows, last]
-        streams = (tokens.tolist(), logprobs.tolist(), behaviour.tolist())
+        streams = [stream.tolist() for stream in (tokens, *others)]
         stopped = np.zeros(len(live), bool)
         for i, sample in enumerate(self.samples[j] for j in live):
             drawn = last[i] + 1
