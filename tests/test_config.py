@@ -383,12 +383,42 @@ RACE = {
     "algo.running_weight": "2",
     "algo.running_decay": "0.5",
 }
+PRUNE = {
+    "prune.on": "true",
+    "prune.signal": "quality",
+    "prune.statistics": "false",
+    "prune.when": "steps",
+    "prune.at": "[2.0, 4.0]",
+    "prune.boundary": ";",
+    "prune.keep": "[0.75, 0.5]",
+    "prune.least": "3",
+    "prune.ratio": "0.4",
+    "prune.floor": "0.1",
+    "prune.weigh": "all",
+    "prune.cap": "3",
+    "prune.equal": "train",
+    "prune.refill": "samples",
+    "prune.warmup": "3",
+    "prune.audit": "0.2",
+    "prune.least_auc": "0.6",
+    "prune.head_width": "8",
+    "prune.head_rate": "0.02",
+    "prune.head_memory": "100",
+    "prune.low": "-1",
+    "prune.high": "2",
+}
+PAPER = {
+    "prune.on": "true",
+    "prune.mode": "paper",
+    "prune.rule": "fixed",
+    "prune.adaptive": "false",
+}
 """what does not go together with the above, nor with each other"""
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
     configs = [load_config(write(tmp_path, EVERYTHING))]
-    configs += [load_config(None, flags) for flags in (THE_REST, CUT, RACE, STAGGER)]
+    configs += [load_config(None, flags) for flags in (THE_REST, CUT, RACE, STAGGER, PRUNE, PAPER)]
     changed = {line.partition(":")[0] for c in configs for line in differences(Config(), c)}
     assert changed == {key for key, _ in settings(Config())}
     for each in (*configs, Config()):

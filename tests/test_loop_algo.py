@@ -21,10 +21,11 @@ from reroll.loop import train
 from reroll.model.flops import cost_model
 from reroll.model.logprobs import token_logprobs
 from reroll.order import stream
-from reroll.rollout.buffer import Buffer, Unit
+from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import Collected, Progress
 from reroll.rollout.refill import has_signal
+from reroll.rollout.unit import Unit
 from reroll.rundir import RunDir
 from reroll.setup import prepare
 from reroll.train.checkpoint import checkpoints

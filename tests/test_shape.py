@@ -22,7 +22,7 @@ LAYERS = [
     {
         "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate",
         "setup", "scheduling", "occupancy", "simulate", "comparison", "timeline", "workload",
-        "summary", "loop", "cli", "__main__",
+        "summary", "pruning", "loop", "cli", "__main__",
     },
 ]  # fmt: skip
 """from low to high; a module imports from its own part and from lower layers"""
@@ -75,6 +75,7 @@ RUN_IMPORTS = {name_of(path): imports_of(run_of(path), path) for path in SOURCES
 ONLY_TYPES = {
     "reroll.config.check": {"reroll.config.load"},
     "reroll.config.check_schedule": {"reroll.config.load"},
+    "reroll.config.check_prune": {"reroll.config.load"},
 }
 """modules imported for their types alone: the whole configuration, which calls its checks"""
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from scipy.stats import t as student
 
 from reroll.config import Config, ReuseSection
+from reroll.pruning import expected_rewards
 from reroll.rollout.collect import collect
 from reroll.rollout.collected import CollectSpec
 from reroll.rollout.decisions import Decisions
@@ -137,5 +138,5 @@ def _remedy(config: ReuseSection) -> str:
 
 
 def _mean(group: Group) -> float | None:
-    rewards = [r.reward for r in group.rollouts if r.reward is not None]
+    rewards = expected_rewards(group)
     return fmean(rewards) if rewards else None

@@ -1,13 +1,15 @@
 """A step's figures from what was collected; docs/glossary.md has each name."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from reroll.engine.base import Stats
+from reroll.pruning import expected_rewards
 from reroll.rollout.collected import Collected
 from reroll.train.credit import graded
-from reroll.types import Finish, Group
+from reroll.types import Finish, Group, Rollout
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
@@ -15,9 +17,10 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
     graded = [r for r in rollouts if r.reward is not None]
     sizes = lengths(collected.groups)
+    rewards = [reward for group in collected.groups for reward in expected_rewards(group)]
     metrics = {
-        "reward": fmean(r.reward for r in graded) if graded else 0.0,  # type: ignore[misc]
-        "length": fmean(sizes),
+        "reward": fmean(rewards) if rewards else 0.0,
+        "length": _mean_length(rollouts),
         "length_max": float(max(sizes)),
         "truncated": collected.truncated / len(rollouts),
         "ungraded": float(collected.ungraded),
@@ -28,6 +31,13 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     for name in graded[0].rewards if graded else ():
         metrics[f"reward_{name}"] = fmean(r.rewards[name] for r in graded)
     return metrics
+
+
+def _mean_length(rollouts: Sequence[Rollout]) -> float:
+    """Of all that were started: one that was spared by lot stands for those that were not."""
+    counts = [1 / math.prod(look.survival for look in r.looks) for r in rollouts]
+    tokens = (n * len(r.completion.token_ids) for n, r in zip(counts, rollouts, strict=True))
+    return sum(tokens) / sum(counts)
 
 
 def refill_metrics(collected: Collected, groups: Sequence[Group]) -> dict[str, float]:

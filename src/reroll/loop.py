@@ -23,12 +23,13 @@ from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
 from reroll.occupancy import schedule_metrics
 from reroll.plot import plot_run
+from reroll.pruning import prune_metrics
 from reroll.rollout.collected import Collected, CollectSpec, check_failures
 from reroll.rollout.decisions import NOTHING
 from reroll.rollout.reuse import Reuse
 from reroll.rollout.saved import restore, snapshot
 from reroll.rundir import RunDir
-from reroll.scheduling import apart, make_collector
+from reroll.scheduling import apart, make_collector, make_pruner
 from reroll.setup import Parts, open_reuse, prepare
 from reroll.timeline import batch_of
 from reroll.train import checkpoint
@@ -70,14 +71,21 @@ class _Run:
         interrupts: Interrupts,
     ) -> None:
         self.config, self.run, self.parts = config, run, parts
-        self.reuse = reuse
-        self.decisions = reuse.decisions() if reuse else NOTHING
+        self.past = reuse
+        """what past rollouts are written to"""
+        self.reuse = reuse if config.reuse.on else None
+        self.pruner = make_pruner(config, parts)
+        self.decisions = replace(
+            self.reuse.decisions() if self.reuse else NOTHING, prune=self.pruner
+        )
         self.display, self.trackers, self.interrupts = display, trackers, interrupts
         self.ledger = Ledger()
         self.done = 0
         """steps that are whole: trained and logged"""
         self.under_way: dict[str, Any] = {}
         """what the collector has after these steps"""
+        self.head: dict[str, Any] = {}
+        """what pruning has learnt by then"""
         self.held_out: float | None = None
         self.counted: dict[str, Any] = {}
         """the engine's counts after these steps and their evaluations"""
@@ -92,14 +100,14 @@ class _Run:
             held=config.schedule.held,
         )
         self.collector = make_collector(config, parts, self.spec, self.decisions)
-        self.audit = Audit(config, self.spec, reuse) if reuse else None
+        self.audit = Audit(config, self.spec, self.reuse) if self.reuse else None
 
     def go(self, start: int | None) -> None:
         """All steps that are left, with evaluations and checkpoints when they are due."""
         config = self.config
         self._greet(start)
         self.done, self.counted = start or 0, self.parts.engine.state()
-        self.under_way = snapshot(self.collector.buffer)
+        self._snapshot()
         # an interrupt may have come between a step and its evaluation
         evaluated = {r["step"] for r in self.run.records() if r["kind"] == "eval"}
         try:
@@ -163,6 +171,8 @@ class _Run:
         if self.reuse is not None:
             metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
             metrics |= speculation_metrics(stats, parts.engine.stats())
+        if self.pruner is not None:
+            metrics |= prune_metrics(collected.groups, self.pruner)
         if self.audit is not None and self.audit.due(step) and metrics["drafted"] > 0:
             self.collector.park()  # audits want the engine for themselves
             metrics |= self.audit.take(parts, collected.groups, step)
@@ -186,8 +196,13 @@ class _Run:
             self.done, self.counted = step, parts.engine.state()
             if self._evaluation_due() or self._checkpoint_due():
                 self.collector.park()
-            self.under_way = snapshot(self.collector.buffer)
+            self._snapshot()
         self._report(step, metrics, collected)
+
+    def _snapshot(self) -> None:
+        """What is under way, and what pruning has learnt, after the steps that are done."""
+        self.under_way = snapshot(self.collector.buffer)
+        self.head = self.pruner.state() if self.pruner else {}
 
     def _train(self, groups: list[Group], step: int, collected: Collected) -> dict[str, float]:
         """Credit and optimizer steps; the store gets what was collected."""
@@ -199,10 +214,10 @@ class _Run:
         trained = trainer.step(credited)
         ledger.add_forwards("train", trainer.take_work(), time.perf_counter() - started, parts.cost)
         started = time.perf_counter()
-        if self.reuse is not None:
+        if self.past is not None:
             live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
             begun = {unit.prompt.row for unit in self.collector.buffer.units()}
-            self.reuse.remember(collected.groups, step, parts.engine.policy_version, live, begun)
+            self.past.remember(collected.groups, step, parts.engine.policy_version, live, begun)
         parts.engine.load_weights(trainer.version, keep=self.config.schedule.keep_cache)
         ledger.seconds["sync"] += time.perf_counter() - started
         return scored | trained
@@ -214,6 +229,8 @@ class _Run:
         if collected.ungraded:
             first = collected.first_failure.strip().splitlines()[-1]
             self.display.say(f"step {step}: {collected.ungraded} rollouts left ungraded ({first})")
+        for line in self.pruner.said() if self.pruner else ():
+            self.display.say(f"step {step}: {line}")
         warning = gap_warning(self.run.records(), self.config.reuse)
         if "reward_gap" in metrics and warning:
             self.display.say(warning)
@@ -264,16 +281,19 @@ class _Run:
         if step in checkpoint.checkpoints(folder):
             return
         started = time.perf_counter()
+        head = dict(self.head)
         state = {
             "ledger": asdict(self.ledger),
             "held_out_reward": self.held_out,
             "engine": self.counted,
             "under_way": self.under_way,
+            "tensors": head.pop("tensors", {}),
+            "prune": head,
         }
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)
             checkpoint.prune(folder, keep.keep_last, keep.keep_best)
             # at an interrupt it stays, or the run would go on with other drafts than without one
-            if self.reuse is not None and step % keep.every == 0:
-                self.reuse.store.evict()
+            if self.past is not None and step % keep.every == 0:
+                self.past.store.evict()
         self.ledger.seconds["sync"] += time.perf_counter() - started

@@ -2,12 +2,14 @@
 
 from reroll.config import GROUP_ADVANTAGES, Config
 from reroll.config.schedule import WHOLE
+from reroll.errors import UserError
 from reroll.order import stream
 from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import CollectSpec
 from reroll.rollout.decisions import Decisions
 from reroll.rollout.policies import make_schedule
+from reroll.rollout.prune import Pruner
 from reroll.setup import Parts
 from reroll.types import Prompt
 
@@ -35,7 +37,29 @@ def make_collector(
 
 
 def apart(config: Config) -> bool:
-    """Whether a batch is made of rollouts: where the algorithm does not compare those of a prompt,
-    and the schedule does not wait for all."""
-    lone = config.algo.advantage not in GROUP_ADVANTAGES
+    """Whether a batch is made of rollouts: where nothing compares those of a prompt, neither the
+    algorithm nor pruning, and the schedule does not wait for all."""
+    lone = config.algo.advantage not in GROUP_ADVANTAGES and not config.prune.on
     return lone and config.schedule.kind not in WHOLE
+
+
+def make_pruner(config: Config, parts: Parts) -> Pruner | None:
+    """What prunes a run's rollouts, as the checkpoint had it; None: nothing does."""
+    prune = config.prune
+    if not prune.on:
+        return None
+    ends: frozenset[int] = frozenset()
+    if prune.when == "steps" or prune.signal == "length":
+        ids = range(len(parts.tokenizer))
+        ends = frozenset(i for i in ids if prune.boundary in parts.decode([i]))
+        if not ends:
+            raise UserError(
+                f"prune.boundary = {prune.boundary!r}: no token of this model's vocabulary has it; "
+                "choose a text that one token holds"
+            )
+    pruner = Pruner(
+        prune, max_tokens=config.rollout.max_tokens, seed=config.run.seed, step_ids=ends
+    )
+    if saved := parts.restored.get("prune"):
+        pruner.load_state(saved | {"tensors": parts.restored["tensors"]})
+    return pruner

@@ -113,8 +113,11 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
 
 @contextmanager
 def open_reuse(config: Config, run: RunDir, step: int | None) -> Iterator[Reuse | None]:
-    """The run's past rollouts as they were at checkpoint `step`; None with reuse off."""
-    if not config.reuse.on:
+    """The run's past rollouts as they were at checkpoint `step`; None if nothing is to be kept.
+
+    A run that prunes keeps what it knew of each, whether or not they are drafts.
+    """
+    if not (config.reuse.on or config.prune.on):
         yield None
         return
     limits = config.store
@@ -245,6 +248,7 @@ def make_trainer(
         temperature=config.rollout.temperature,
         max_tokens=config.rollout.max_tokens,
         correct=config.correct,
+        prune=config.prune if config.prune.on else None,
         autocast=autocast,
         reference=reference,
         critic=critic,

@@ -18,11 +18,12 @@ from reroll.config.simulate import SimulateConfig
 from reroll.engine.clock import Cost
 from reroll.engine.simulated import SimulatedEngine
 from reroll.occupancy import lag_metrics, length_bias, schedule_metrics
-from reroll.rollout.buffer import Buffer, Unit
+from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import Collected, CollectSpec
 from reroll.rollout.decisions import Decisions, Graded
 from reroll.rollout.policies import fifo, make_schedule
+from reroll.rollout.unit import Unit
 from reroll.timeline import Occupancy, batch_of
 from reroll.types import Group, Purpose, Sampling
 from reroll.workload import Arm, Replies, make_arms, train_rate

@@ -20,8 +20,9 @@ import numpy as np
 
 from reroll.engine.base import Span
 from reroll.errors import UserError
-from reroll.rollout.buffer import Buffer, State
+from reroll.rollout.buffer import Buffer
 from reroll.rollout.collected import Collected
+from reroll.rollout.unit import State
 
 OUTCOMES = {
     "finished": ("finished, trained on", "#4477aa"),

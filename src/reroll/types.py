@@ -164,6 +164,25 @@ class Request:
                 raise ValueError(f"request {self.id}: a lenient draft needs its writer's streams")
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What pruning knew of a rollout when its group was thinned out, and what came of it."""
+
+    position: int
+    """completion tokens that it was judged by; all of them for one that had ended"""
+    score: float | None
+    """of the signal, in log-odds of success; None: it had ended, or there is no signal"""
+    probability: float
+    """expected reward given those tokens, in units of reward; its reward if it had ended"""
+    survival: float
+    """chance to be kept that it was given"""
+    kept: bool
+    ended: bool
+    """its reward was known: it had ended before it was probed"""
+    head: int
+    """updates of the signal before this"""
+
+
 @dataclass(slots=True)
 class Rollout:
     """One prompt, one completion, one reward."""
@@ -188,6 +207,10 @@ class Rollout:
     """in its group's statistics and in the loss; 1 unless its group was thinned out by design"""
     key_visit: int = 0
     """the visit that its noise key was made with; another one than `visit` where noise is held"""
+    looks: list[Look] = field(default_factory=list)
+    """one for each time that its group was thinned out (or looked at for it) while it was kept"""
+    saved: float = 0.0
+    """tokens that pruning it is expected to have saved"""
 
 
 @dataclass(slots=True)
@@ -196,3 +219,5 @@ class Group:
 
     prompt: Prompt
     rollouts: list[Rollout] = field(default_factory=list)
+    pruned: list[Rollout] = field(default_factory=list)
+    """those that were started as well and then left out by a rule: ended or not"""

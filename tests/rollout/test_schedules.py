@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reroll.rollout.buffer import Buffer, State
+from reroll.rollout.buffer import Buffer
 from reroll.rollout.policies import (
     Schedule,
     april,
@@ -21,6 +21,7 @@ from reroll.rollout.policies import (
     tail_batch,
 )
 from reroll.rollout.saved import restore, snapshot
+from reroll.rollout.unit import State
 from reroll.types import Prompt, Request
 from reroll.versions import runs
 from tests.rollout.simulation import Simulation

@@ -453,7 +453,7 @@ def test_any_sqlite_reads_it(path: Path) -> None:
     assert np.frombuffer(blobs[1], "<f4").tolist() == past().logprobs.tolist()
     assert np.frombuffer(blobs[2], "<i4").tolist() == [2, 5]
     assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
-    assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    assert db.execute("PRAGMA user_version").fetchone() == (2,)
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
 
@@ -608,9 +608,9 @@ def test_another_programs_database_is_refused(path: Path, mode: str, application
 def test_a_newer_format_is_refused(path: Path) -> None:
     filled(path)
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 2")
+    db.execute("PRAGMA user_version = 3")
     db.close()
-    refused(path, "of format 2", "this version of reroll reads 1", "move it away")
+    refused(path, "of format 3", "this version of reroll reads 2", "move it away")
 
 
 def test_a_store_without_its_tables_is_refused(path: Path) -> None:

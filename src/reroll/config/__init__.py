@@ -10,6 +10,7 @@ from reroll.config.algo import (
     TrainSection,
 )
 from reroll.config.load import Config, describe, differences, load_config, save_config, settings
+from reroll.config.prune import PruneSection
 from reroll.config.reuse import ReuseSection, StoreSection
 from reroll.config.schedule import ScheduleSection
 from reroll.config.sections import (
@@ -41,6 +42,7 @@ __all__ = [
     "LogSection",
     "LoraSection",
     "ModelSection",
+    "PruneSection",
     "ReuseSection",
     "RolloutSection",
     "RunSection",

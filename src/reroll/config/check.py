@@ -7,6 +7,7 @@ key to change.
 from typing import TYPE_CHECKING
 
 from reroll.config.algo import ALGORITHMS, GROUP_ADVANTAGES, AlgoSection, CriticSection
+from reroll.config.check_prune import prune_contradiction
 from reroll.config.check_schedule import schedule_contradiction
 from reroll.config.schedule import OVER, STALE
 
@@ -27,6 +28,7 @@ def contradiction(config: "Config") -> str | None:
         _cap,
         _reuse,
         schedule_contradiction,
+        prune_contradiction,
     ):
         if text := find(config):
             return text
@@ -149,7 +151,7 @@ def _reuse(config: "Config") -> str | None:
     reuse, store = config.reuse, config.store
     if not reuse.on:
         for key, value in store:
-            if value != getattr(type(store)(), key):
+            if value != getattr(type(store)(), key) and not config.prune.on:
                 return f"store.{key} = {value!r}: has no effect with reuse.on = False; set that"
         return None
     if not reuse.audited:

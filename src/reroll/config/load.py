@@ -21,6 +21,7 @@ from reroll.config.algo import (
     TrainSection,
 )
 from reroll.config.check import contradiction
+from reroll.config.prune import PruneSection
 from reroll.config.reuse import ReuseSection, StoreSection
 from reroll.config.schedule import ScheduleSection
 from reroll.config.sections import (
@@ -52,6 +53,7 @@ class Config(Section):
     schedule: ScheduleSection = ScheduleSection()
     reuse: ReuseSection = ReuseSection()
     store: StoreSection = StoreSection()
+    prune: PruneSection = PruneSection()
     algo: AlgoSection = AlgoSection()
     critic: CriticSection = CriticSection()
     correct: CorrectSection = CorrectSection()

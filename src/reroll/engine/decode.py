@@ -124,8 +124,9 @@ class Decoder:
         # the first refusal ends an offer: what comes after was not tried
         trials = hits + (hits < np.array(sizes)[tried])
         self.rates.add(np.array([which for _, which in offers])[tried], trials, hits)
-        streams = (stream if stream is None else stream[kept] for stream in drawn)
-        return Drawn(*streams), [count + 1 for count in counts]
+        entropies = None if drawn.entropies is None else drawn.entropies[kept]
+        taken = (drawn.tokens[kept], drawn.logprobs[kept], drawn.behaviour_logprobs[kept])
+        return Drawn(*taken, entropies), [count + 1 for count in counts]
 
     def _advance(self, last: torch.Tensor, count: torch.Tensor | int) -> None:
         self._tokens = last

@@ -108,8 +108,8 @@ class Sequence:
     ) -> None:
         """Take tokens drawn along a draft tree; the first `accepted` of them stood in it."""
         before = self.done
-        for token, *streams in zip(tokens, logprobs, behaviour, entropies, strict=True):
-            self.take(token, *streams, version)
+        for token, *of_it in zip(tokens, logprobs, behaviour, entropies, strict=True):
+            self.take(token, of_it[0], of_it[1], of_it[2], version)
             if self.finished:
                 break
         taken = min(self.done - before, accepted)

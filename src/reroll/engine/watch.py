@@ -28,9 +28,16 @@ def probes(
 
     def event(position: int, read: int, place: int, last: bool = False) -> Probed:
         hidden = states[position - begin].clone() if watch.hidden and states is not None else None
-        streams = (done.token_ids, done.logprobs, done.entropies)
-        parts = (stream[:read] for stream in streams)
-        return Probed(sequence.request.id, position, hidden, *parts, place=place, last=last)
+        return Probed(
+            sequence.request.id,
+            position,
+            hidden,
+            done.token_ids[:read],
+            done.logprobs[:read],
+            done.entropies[:read],
+            place,
+            last,
+        )
 
     for position in range(begin, begin + drawn):
         for place in _places(watch, done.token_ids, position):

@@ -1,13 +1,7 @@
 """What is under way: the rollouts started and not yet trained on, and the units they come in.
 
-A unit is what a batch is made of: a group where the algorithm compares the rollouts of a prompt, a
-single rollout where it does not. It is flying until as many of its members have ended as it needs,
-then ready; a batch takes ready units, and what becomes of the others is the schedule's to say.
-
-    member   queued -> running -> done         ended by itself: graded, then trained on
-                    -> partial -> running      interrupted, its tokens kept
-                    -> queued                  interrupted and started anew, its tokens lost
-                    -> dropped                 more than the unit needs
+A unit (`rollout/unit.py`) is flying until as many of its members have ended as it needs, then
+ready; a batch takes ready units, and what becomes of the others is the schedule's to say.
 
 Everything here is counted in members and updates (batches handed out), never in seconds.
 """
@@ -15,80 +9,13 @@ Everything here is counted in members and updates (batches handed out), never in
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from heapq import heappop, heappush
 from itertools import chain
 from typing import Any
 
 from reroll.rollout.refill import missing
-from reroll.types import Completion, Group, Prompt, Request, Rollout
-
-
-class State(StrEnum):
-    """Where a member is; see the module."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    PARTIAL = "partial"
-    DONE = "done"
-    DROPPED = "dropped"
-
-
-_WAITING = (State.QUEUED, State.PARTIAL)
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """One rollout under way. Compared by identity."""
-
-    unit: "Unit"
-    rollout: Rollout
-    request: Request
-    state: State = State.QUEUED
-    stamp: int = 0
-    """which of its entries in the queue is the valid one"""
-    lost: list[int] = field(default_factory=list)
-    """tokens that it lost and that are drafts of its own, where noise is held"""
-    drafts_lost: int = 0
-    """of its request's drafts, the first, that are such tokens"""
-
-    @property
-    def tokens(self) -> int:
-        """Completion tokens kept so far."""
-        return len(self.rollout.completion.token_ids)
-
-
-@dataclass(slots=True, eq=False)
-class Unit:
-    """Members that are trained on together. Compared by identity."""
-
-    index: int
-    """in order of admission"""
-    prompt: Prompt
-    visit: int
-    need: int
-    """members that make it ready"""
-    admitted: int
-    """updates before it was admitted"""
-    members: list[Member] = field(default_factory=list)
-    done: list[Member] = field(default_factory=list)
-    """in the order in which they ended"""
-    since: int | None = None
-    """updates before its first member was started; None: none was"""
-    cut: int = 0
-    """tokens of its longest member when it last lost them; 0: it never did"""
-    expected: int | None = None
-    """completion tokens of the longest rollout of its prompt's last visit; None: there was none"""
-
-    def group(self) -> Group:
-        """As the trainer wants it, members in order of their samples."""
-        done = sorted(self.done, key=lambda member: member.rollout.sample)
-        return Group(self.prompt, [member.rollout for member in done])
-
-    def length(self) -> float:
-        """Mean completion tokens of the members that ended."""
-        return sum(member.tokens for member in self.done) / max(1, len(self.done))
+from reroll.rollout.unit import WAITING, Member, State, Unit
+from reroll.types import Completion, Prompt
 
 
 class Buffer:
@@ -178,7 +105,7 @@ class Buffer:
     def open(self, prompt: Prompt, visit: int, need: int) -> Unit:
         """A new unit, still without members and on the ground."""
         expected = self.lengths.get(prompt.row)
-        unit = Unit(self._units, prompt, visit, need, self.update, expected=expected)
+        unit = Unit(self._units, prompt, visit, need, self.update, expected=expected, wanted=need)
         self._units += 1
         self.admitted += 1
         return unit
@@ -201,7 +128,7 @@ class Buffer:
             _, stamp, member = queue[0]
             unit = member.unit
             void = stamp != member.stamp or unit.index not in self.flying
-            if void or member.state not in _WAITING:
+            if void or member.state not in WAITING:
                 heappop(queue)
                 continue
             if unit.since is None:
@@ -215,23 +142,44 @@ class Buffer:
             return member
         return None
 
-    def finish(self, member: Member, completion: Completion) -> bool:
-        """A member ended by itself; returns whether its unit became ready by it."""
+    def finish(self, member: Member, completion: Completion) -> None:
+        """A member ended by itself."""
         unit = member.unit
         member.rollout.completion = completion
         del self.running[member.request.id]
         if unit.index not in self.flying:
             member.state = State.DROPPED
-            return False
+            return
         member.state = State.DONE
         self.active -= 1
         unit.done.append(member)
-        if len(unit.done) < unit.need:
-            return False
+
+    def prune(self, unit: Unit, members: Sequence[Member]) -> None:
+        """Leave these members of a flying unit out, wherever they are but in the engine; it needs
+        the same share of the others."""
+        before, complete = len(unit.members), unit.complete
+        for member in members:
+            if member.state is State.DONE:
+                unit.done.remove(member)
+            else:
+                self.active -= 1
+            member.state = State.PRUNED
+            member.stamp += 1
+            unit.members.remove(member)
+            unit.pruned.append(member)
+        share = len(unit.members) / before
+        unit.need = len(unit.done) if complete else max(1, round(unit.need * share))
+
+    def add(self, unit: Unit, count: int) -> None:
+        """So many members have joined a flying unit since it took off; it needs them too."""
+        unit.need += count
+        self.active += count
+
+    def complete(self, unit: Unit) -> None:
+        """A flying unit has all it needs: it is ready."""
         self._land(unit)
         self.ready.append(unit)
         self.lengths[unit.prompt.row] = max(member.tokens for member in unit.done)
-        return True
 
     # --- a unit's way -----------------------------------------------------------------------------
 
@@ -259,12 +207,16 @@ class Buffer:
             self.ready.remove(unit)
         unit.cut = max(member.tokens for member in unit.members)
         unit.done.clear()
+        own = [member for member in unit.members if not member.extra]
+        unit.members = sorted([*own, *unit.pruned], key=lambda member: member.rollout.sample)
+        unit.pruned, unit.stage, unit.need = [], 0, unit.wanted
         self.fly(unit)
         for member in unit.members:
-            member.state = State.QUEUED
+            member.state, member.seen = State.QUEUED, {}
             member.rollout.completion = Completion(member.request.id)
             rollout = member.rollout
             rollout.reward, rollout.rewards, rollout.failure = None, {}, ""
+            rollout.looks, rollout.saved = [], 0.0
 
     def defer(self, unit: Unit) -> None:
         """Put a unit without tokens off."""

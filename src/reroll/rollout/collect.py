@@ -11,35 +11,19 @@ repeated and resumed.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from reroll.algo.noise import make_key
 from reroll.engine.base import Engine, Finished
-from reroll.rollout.buffer import Buffer, Member, State, Unit
-from reroll.rollout.collected import (
-    Collected,
-    CollectSpec,
-    Graders,
-    Progress,
-    finish,
-    grade_job,
-    groups_of,
-)
-from reroll.rollout.decisions import NOTHING, RESTART, Decisions, Start
+from reroll.rollout.buffer import Buffer
+from reroll.rollout.collected import Collected, CollectSpec, Graders, Progress, finish, groups_of
+from reroll.rollout.decisions import NOTHING, RESTART, Decisions
+from reroll.rollout.grading import Grading
+from reroll.rollout.launch import Launch, Source
 from reroll.rollout.policies import Fate, Schedule, fifo, sample_by_sample, sync
 from reroll.rollout.refill import has_signal
-from reroll.tasks.pool import Grade
-from reroll.types import (
-    Completion,
-    Draft,
-    Prompt,
-    Request,
-    Rollout,
-)
-
-Source = Callable[[int, int], tuple[Sequence[Prompt], Sequence[int]]]
-"""(place in the stream, count) -> (prompts, visits); fewer where the stream ends"""
+from reroll.rollout.unit import Member, State, Unit
+from reroll.types import Completion, Prompt
 
 
 class Collector:
@@ -60,13 +44,16 @@ class Collector:
         buffer: Buffer,
         decisions: Decisions = NOTHING,
     ) -> None:
-        self.engine, self.graders, self.decode, self.source = engine, graders, decode, source
-        self.spec, self.schedule, self.buffer, self.decisions = spec, schedule, buffer, decisions
+        self.engine = engine
+        self.grading = Grading(graders, decode, spec, decisions.grade)
+        self.spec, self.schedule, self.buffer = spec, schedule, buffer
         # what is interrupted has to come before what was never started
         staggers = decisions.stagger and schedule.order is fifo and schedule.drains
-        self.order = sample_by_sample if staggers else schedule.order
-        self._graded: dict[int, Rollout] = {}
-        """rollouts whose grades have been asked for, by request id"""
+        order = sample_by_sample if staggers else schedule.order
+        self.launch = Launch(source, spec, buffer, decisions, order, schedule.extra)
+        self.pruner = decisions.prune
+        self._touched: dict[int, Unit] = {}
+        """units that may have to be judged or may be ready, by index"""
         self._collected = Collected([])
         self._ended = 0
 
@@ -76,17 +63,15 @@ class Collector:
 
         Ungraded rollouts are counted; `check_failures` says when there are too many.
         """
-        assert not self.graders.pending, "the graders still work for another collect"
+        assert not self.grading.graders.pending, "the graders still work for another collect"
         self._collected, self._ended = Collected([], update=self.buffer.update), 0
         try:
             while (units := self._due()) is None:
                 ended = self._ended
                 while ended == self._ended:
                     assert self.buffer.running, "nothing runs and no batch is due"
-                    for event in self.engine.step():
-                        if isinstance(event, Finished):
-                            self._end(event.completion)
-                    self._take_grades(self.graders.poll())
+                    self._step()
+                    self.grading.take()
                 if progress is not None:
                     rest = self.buffer.active if self.schedule.drains else 0
                     progress(self._ended, max(self._ended + rest, self.buffer.whole))
@@ -107,11 +92,11 @@ class Collector:
         buffer, schedule = self.buffer, self.schedule
         if not buffer.under_way() and len(buffer.deferred) >= buffer.batch:
             for _ in range(buffer.batch):
-                self.queue(buffer.recall())
+                self.launch.queue(buffer.recall())
         if buffer.bound is not None and schedule.drains and not buffer.flying:
             self._judge()
         if count := schedule.admit(buffer):
-            self._admit(count)
+            self.launch.admit(count)
         room = math.inf if schedule.ahead is None else buffer.slots + schedule.ahead
         if schedule.by_sibling and not buffer.unknown:
             room = math.inf  # no order changes any more
@@ -124,84 +109,67 @@ class Collector:
             self.engine.submit(request)
         return schedule.harvest(buffer)
 
-    def _admit(self, units: int) -> None:
-        """Open units for the next prompts."""
-        buffer, samples = self.buffer, self.spec.samples
-        started = math.floor(self.schedule.extra * samples + 1e-9)
-        count = -(-units // samples) if self.spec.apart else units
-        prompts, visits = self.source(buffer.cursor, count)
-        buffer.cursor += len(prompts)
-        for prompt, visit in zip(prompts, visits, strict=True):
-            starts = self.decisions.start(prompt, visit, started)
-            if self.spec.apart:
-                for sample, start in enumerate(starts):
-                    self._launch(buffer.open(prompt, visit, 1), [(sample, start)])
-            else:
-                self._launch(buffer.open(prompt, visit, samples), enumerate(starts))
-
-    def _launch(self, unit: Unit, starts: Iterable[tuple[int, Start]]) -> None:
-        for sample, start in starts:
-            self.join(unit, sample, start)
-        self.buffer.fly(unit)
-        self.queue(unit)
-
-    def join(self, unit: Unit, sample: int, start: Start) -> None:
-        """One more member of a unit."""
-        rollout = Rollout(unit.prompt, sample, unit.visit, key_visit=start.key_visit)
-        request = Request(
-            self.buffer.next_request(),
-            unit.prompt.token_ids,
-            self._key(rollout),
-            self.spec.sampling,
-            drafts=start.drafts,
-            lenience=start.lenience,
-        )
-        unit.members.append(Member(unit, rollout, request))
-
-    def queue(self, unit: Unit) -> None:
-        """Give its waiting members their places."""
-        for member in unit.members:
-            if member.state in (State.QUEUED, State.PARTIAL):
-                self.buffer.push(member, self.order(member))
-
-    def renew(self, member: Member, request_id: int) -> None:
-        """The request of a member that has another key visit now."""
-        lost = (Draft(member.lost),) if member.lost else ()
-        drafts = (*lost, *member.request.drafts[member.drafts_lost :])
-        member.drafts_lost, key = len(lost), self._key(member.rollout)
-        member.request = replace(member.request, id=request_id, key=key, drafts=drafts)
-
-    def _key(self, rollout: Rollout) -> int:
-        spec = self.spec
-        row, sample = rollout.prompt.row, rollout.sample
-        return make_key(spec.seed, spec.purpose, row, sample, rollout.key_visit)
-
     # --- out --------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Let the engine do a tick, and take what came of it."""
+        for event in self.engine.step():
+            if isinstance(event, Finished):
+                self._end(event.completion)
+            elif self.pruner is not None:
+                member = self.buffer.running[event.request_id]
+                self.pruner.see(member, event)
+                self._touched[member.unit.index] = member.unit
+        for unit in self._touched.values():
+            while self.pruner is not None and self.pruner.due(unit):
+                self._prune(unit)
+            if unit.complete and unit.index in self.buffer.flying:
+                self._complete(unit)
+        self._touched.clear()
 
     def _end(self, completion: Completion) -> None:
         """A rollout ended by itself: graded, unless its unit needs it no more."""
         member = self.buffer.running[completion.request_id]
-        ready = self.buffer.finish(member, completion)
-        self._ended += 1
+        unit, self._ended = member.unit, self._ended + 1
+        self.buffer.finish(member, completion)
         if member.state is State.DROPPED:
             self._drop(member, ended=True)
             return
-        rollout, unit = member.rollout, member.unit
-        rollout.text = self.decode(completion.token_ids)
-        if (known := self.decisions.grade(rollout)) is None:
-            self._graded[completion.request_id] = rollout
-            self.graders.submit(grade_job(rollout, completion.request_id, self.spec))
-        else:
-            rollout.reward, rollout.rewards = known
-            self._collected.tokens_known += member.tokens
-        if ready and self.buffer.bound is not None and not self.schedule.drains:
+        self._collected.tokens_known += self.grading.ask(member.rollout)
+        if self.pruner is not None:  # judged once all of the tick is known
+            self.pruner.ended(member)
+            self._touched[unit.index] = unit
+        elif unit.complete:
+            self._complete(unit)
+        if self.schedule.by_sibling and not unit.complete:
+            self.launch.queue(unit)
+
+    def _complete(self, unit: Unit) -> None:
+        self.buffer.complete(unit)
+        if self.buffer.bound is not None and not self.schedule.drains:
             self._judge()
-        elif self.schedule.by_sibling and not ready:
-            self.queue(unit)
+
+    def _prune(self, unit: Unit) -> None:
+        """Judge a unit; those of its members that are left out leave the engine at once."""
+        assert self.pruner is not None
+        if any(member.state is State.DONE for member in unit.members):
+            self.grading.wait()
+        out, buffer = self.pruner.decide(unit), self.buffer
+        running = {m.request.id: m for m in out if m.state is State.RUNNING}
+        for completion in self.engine.abort(running, "pruned") if running else ():
+            member = running[completion.request_id]
+            del buffer.running[completion.request_id]
+            member.rollout.completion = completion
+        stopped = [member for member in out if member.state is not State.DONE]
+        buffer.prune(unit, out)
+        self._ended += len(stopped)
+        for member in out:
+            self._drop(member, ended=member not in stopped)
+        self.launch.more(unit, self.pruner.more(unit, len(stopped)))
 
     def _judge(self) -> None:
         """Set aside ready units without signal, once every grade that is due is there."""
-        self._wait_for_grades()
+        self.grading.wait()
         for unit in [u for u in self.buffer.ready if not has_signal(u.group())]:
             self.buffer.set_aside(unit)
 
@@ -214,7 +182,7 @@ class Collector:
         buffer, fate, collected = self.buffer, self.schedule.fate, self._collected
         aside = list(buffer.aside)
         buffer.take(units)
-        self._wait_for_grades()
+        self.grading.wait()
         if fate is not Fate.GO_ON:
             self._interrupt(fate)
         if fate in (Fate.RESTART, Fate.DEFER):
@@ -230,7 +198,10 @@ class Collector:
             every = sorted([*units, *aside], key=lambda unit: unit.index)
             collected.groups = groups_of(every)
         collected.waits = [collected.update - unit.admitted for unit in units]
-        return finish(collected, self.spec)
+        finish(collected, self.spec)
+        if self.pruner is not None:
+            self.pruner.learn([*units, *aside])
+        return collected
 
     def _interrupt(self, fate: Fate) -> None:
         """Take everything out of the engine; what it has goes back to its unit."""
@@ -244,7 +215,7 @@ class Collector:
                 continue
             member.state = State.PARTIAL if member.tokens else State.QUEUED
             if fate is Fate.KEEP:
-                buffer.push(member, self.order(member))
+                buffer.push(member, self.launch.order(member))
 
     def _start_anew(self, unit: Unit) -> None:
         """Drop what a unit has; its members get other noise, unless that is held."""
@@ -257,21 +228,9 @@ class Collector:
         self.buffer.reset(unit)
         for member in unit.members:
             member.rollout.key_visit += 0 if self.spec.held else RESTART
-            self.renew(member, self.buffer.next_request())
+            self.launch.renew(member, self.buffer.next_request())
         if self.schedule.fate is Fate.RESTART:
-            self.queue(unit)
-
-    # --- grades -----------------------------------------------------------------------------------
-
-    def _wait_for_grades(self) -> None:
-        while self.graders.pending:
-            self._take_grades(self.graders.poll(wait=True))
-
-    def _take_grades(self, grades: Sequence[Grade]) -> None:
-        for grade in grades:
-            rollout = self._graded.pop(grade.id)
-            rollout.reward, rollout.rewards = grade.reward, grade.rewards or {}
-            rollout.failure, rollout.seconds_grading = grade.failure, grade.seconds
+            self.launch.queue(unit)
 
 
 def collect(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from reroll.errors import UserError
-from reroll.rollout.buffer import Unit
+from reroll.rollout.unit import Unit
 from reroll.tasks.pool import Grade, GradeJob
 from reroll.types import Finish, Group, Purpose, Rollout, Sampling
 

@@ -5,9 +5,11 @@ Each decision is a function; `collect` asks it at one moment of a rollout's life
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from reroll.types import Draft, Lenience, Prompt, Rollout
+from reroll.engine.base import Probed
+from reroll.rollout.unit import Member, Unit
+from reroll.types import Draft, Lenience, Prompt, Rollout, Watch
 
 RESTART = 1 << 32
 """added to a rollout's visit in its noise key each time it is started anew, far above any epoch"""
@@ -35,6 +37,38 @@ GradeRule = Callable[[Rollout], Graded | None]
 """a finished rollout -> its grade, if that is known already"""
 
 
+class Pruning(Protocol):
+    """Which members of a unit are stopped on their way; see `rollout/prune.py`."""
+
+    def watch(self) -> Watch | None:
+        """Where the members of a unit that is opened now are probed."""
+        ...
+
+    def see(self, member: Member, probed: Probed) -> None:
+        """A member came to a probe."""
+        ...
+
+    def ended(self, member: Member) -> None:
+        """A member ended by itself."""
+        ...
+
+    def due(self, unit: Unit) -> bool:
+        """Whether a unit is to be judged now."""
+        ...
+
+    def decide(self, unit: Unit) -> list[Member]:
+        """Judge it, once the grades due are there: those of its members that are left out."""
+        ...
+
+    def more(self, unit: Unit, stopped: int) -> int:
+        """Members to start in place of so many that were stopped."""
+        ...
+
+    def learn(self, units: Sequence[Unit]) -> None:
+        """What came of a batch, graded and settled."""
+        ...
+
+
 def start_plainly(prompt: Prompt, visit: int, samples: int) -> list[Start]:
     """The null decision: noise of this visit, no drafts."""
     return [Start(visit)] * samples
@@ -50,6 +84,8 @@ class Decisions:
 
     start: StartRule = start_plainly
     grade: GradeRule = grade_everything
+    prune: Pruning | None = None
+    """None: nothing is pruned"""
     stagger: bool = False
     """submit one sample of each prompt after the other where there are no drafts, so that what
     finishes first can be a draft for its siblings"""

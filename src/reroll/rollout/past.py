@@ -22,8 +22,14 @@ COLUMNS = (
     ("reward", "REAL", "grade; NULL: ungraded, or cut by the limit"),
     ("rewards", "TEXT NOT NULL", "JSON: each grader's number"),
     ("graders", "TEXT NOT NULL", "digest of the graders; empty: unknown"),
-    ("finish", "TEXT NOT NULL", "stop or length"),
+    ("finish", "TEXT NOT NULL", "stop or length; pruned: stopped on its way"),
     ("trained", "INTEGER NOT NULL", "1: it carried gradient"),
+    (
+        "pruning",
+        "TEXT NOT NULL",
+        "JSON: looks at it (tokens read, score, probability, survival, "
+        "kept, ended, head version) and the tokens saved; empty: none",
+    ),
     ("length", "INTEGER NOT NULL", "completion tokens, L"),
     ("bytes", "INTEGER NOT NULL", "what the row counts towards the bound on size"),
     ("token_ids", "BLOB NOT NULL", "L token ids, int32 little-endian"),
@@ -62,6 +68,7 @@ class Past:
     graders: str
     finish: str
     trained: bool
+    pruning: str = ""
 
     def __post_init__(self) -> None:
         kinds = (("token_ids", np.int32), ("logprobs", np.float32), ("versions", np.int32))
@@ -88,19 +95,20 @@ def encode(prompt: bytes, past: Past) -> Row:
         raise ValueError("a reward that is not a number: SQLite's NULL would read as ungraded")
     texts = (json.dumps(past.rewards), str(past.graders), str(past.finish))
     streams = (past.token_ids.tobytes(), past.logprobs.tobytes(), _runs(past.versions))
-    size = ROW_OVERHEAD + sum(map(len, texts)) + sum(map(len, streams))
-    ends = (int(past.trained), len(past.token_ids), size)
+    size = ROW_OVERHEAD + sum(map(len, (*texts, past.pruning, *streams)))
+    ends = (int(past.trained), str(past.pruning), len(past.token_ids), size)
     row = (bytes(prompt), *map(int, numbers), reward, *texts, *ends, *streams)
     return (*row, checksum(row))
 
 
 def decode(row: Row) -> Past:
     """A row as a rollout."""
-    _, *numbers, reward, rewards, graders, finish, trained, _, _, ids, logprobs, runs, _ = row
+    *before, pruning, _, _, ids, logprobs, runs, _ = row
+    _, *numbers, reward, rewards, graders, finish, trained = before
     versions, counts = np.frombuffer(runs, np.int32).reshape(-1, 2).T
     streams = np.frombuffer(ids, np.int32), np.frombuffer(logprobs, np.float32)
     values: list[Any] = [*numbers, *streams, np.repeat(versions, counts)]
-    values += [reward, json.loads(rewards), graders, finish, bool(trained)]
+    values += [reward, json.loads(rewards), graders, finish, bool(trained), pruning]
     return Past(*values)
 
 

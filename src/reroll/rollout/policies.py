@@ -21,7 +21,8 @@ from itertools import islice
 from typing import Any
 
 from reroll.config import ScheduleSection
-from reroll.rollout.buffer import Buffer, Member, Unit
+from reroll.rollout.buffer import Buffer
+from reroll.rollout.unit import Member, Unit
 
 
 class Fate(StrEnum):

@@ -6,8 +6,10 @@ most of its old rollout comes out again; exact too, but the weights were trained
 `lenient`: SPEC-RL's acceptance on the sample's own old rollout (arXiv 2509.23232); not exact.
 """
 
+import json
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from statistics import fmean
 
 import numpy as np
@@ -80,7 +82,8 @@ class Reuse:
         for group in groups:
             name = prompt_hash(group.prompt.token_ids)
             rows += [
-                (name, self._as_past(r, step, version, id(r) in trained)) for r in group.rollouts
+                (name, self._as_past(r, step, version, id(r) in trained))
+                for r in (*group.rollouts, *group.pruned)
             ]
         self.store.put(step, rows)
         self._past = {row: past for row, past in self._past.items() if row in under_way}
@@ -161,9 +164,17 @@ class Reuse:
             reward=None if settled else rollout.reward,
             rewards={} if settled else rollout.rewards,
             graders=self.graders,
-            finish=completion.finish,
+            finish="pruned" if completion.finish is Finish.ABORT else completion.finish,
             trained=trained,
+            pruning=_pruning(rollout),
         )
+
+
+def _pruning(rollout: Rollout) -> str:
+    """What the store keeps of the looks at a rollout."""
+    if not rollout.looks:
+        return ""
+    return json.dumps({"looks": [asdict(look) for look in rollout.looks], "saved": rollout.saved})
 
 
 def _own_first(past: Sequence[Past], samples: int) -> list[tuple[Draft, ...]]:

@@ -4,14 +4,18 @@ Token streams are not copied: a completion that is not in the engine does not ch
 the engine still has (a kept cache) is saved without its tokens and is drawn anew.
 """
 
+import base64
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
+
 from reroll.errors import UserError
-from reroll.rollout.buffer import Buffer, Member, State, Unit
+from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
-from reroll.types import Completion, Finish, Prompt
+from reroll.rollout.unit import Member, State, Unit
+from reroll.types import Completion, Finish, Look, Prompt, Watch
 
 _COUNTS = ("update", "cursor", "admitted", "_units", "_requests")
 _ROLLOUT = ("text", "reward", "rewards", "failure", "seconds_grading", "key_visit")
@@ -39,16 +43,22 @@ def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Promp
             )
         unit = Unit(one["index"], rows[one["row"]], one["visit"], one["need"], one["admitted"])
         unit.since, unit.cut = one["since"], one.get("cut", 0)
-        most = 1 + max(state["sample"] for state in one["members"])
-        starts = collector.decisions.start(unit.prompt, unit.visit, most)
-        for state in one["members"]:
-            collector.join(unit, state["sample"], starts[state["sample"]])
+        unit.wanted, unit.stage = one.get("wanted", unit.need), one.get("stage", 0)
+        unit.watch = _watch(one.get("watch"))
+        states = [*one.get("pruned", []), *one["members"]]
+        most = 1 + max(state["sample"] for state in states)
+        starts = collector.launch.start(unit.prompt, unit.visit, most)
+        for state in states:
+            sample, extra = state["sample"], state.get("extra", False)
+            collector.launch.join(unit, sample, starts[sample], extra)
             _fill(unit.members[-1], state, collector)
+        gone = len(one.get("pruned", []))
+        unit.pruned, unit.members = unit.members[:gone], unit.members[gone:]
         by_sample = {member.rollout.sample: member for member in unit.members}
         unit.done = [by_sample[sample] for sample in one["done"]]
         if one["place"] == "flying":
             buffer.fly(unit)
-            collector.queue(unit)
+            collector.launch.queue(unit)
         else:
             {"ready": buffer.ready, "deferred": buffer.deferred}[one["place"]].append(unit)
         if unit.since is not None:
@@ -68,7 +78,11 @@ def _unit(unit: Unit, place: str) -> dict[str, Any]:
         "admitted": unit.admitted,
         "since": unit.since,
         "cut": unit.cut,
+        "wanted": unit.wanted,
+        "stage": unit.stage,
+        "watch": unit.watch and asdict(unit.watch) | {"step_ids": sorted(unit.watch.step_ids)},
         "members": [_member(member) for member in unit.members],
+        "pruned": [_member(member) for member in unit.pruned],
         "done": [member.rollout.sample for member in unit.done],
     }
 
@@ -81,6 +95,9 @@ def _member(member: Member) -> dict[str, Any]:
         "state": State.QUEUED if gone else member.state,
         "request": member.request.id,
         "lost": member.lost,
+        "extra": member.extra,
+        "looks": [asdict(look) for look in member.rollout.looks],
+        "seen": {} if gone else {place: _packed(*seen) for place, seen in member.seen.items()},
         "rollout": {name: getattr(member.rollout, name) for name in _ROLLOUT},
         "completion": {f.name: getattr(completion, f.name) for f in fields(completion)},
     }
@@ -90,7 +107,25 @@ def _fill(member: Member, saved: dict[str, Any], collector: Collector) -> None:
     member.state, member.lost = State(saved["state"]), saved["lost"]
     for name in _ROLLOUT:
         setattr(member.rollout, name, saved["rollout"][name])
+    member.rollout.looks = [Look(**look) for look in saved.get("looks", [])]
+    member.seen = {int(place): _unpacked(seen) for place, seen in saved.get("seen", {}).items()}
     completion = Completion(**saved["completion"])
     completion.finish = Finish(completion.finish)
     member.rollout.completion = completion
-    collector.renew(member, saved["request"])
+    collector.launch.renew(member, saved["request"])
+
+
+def _watch(saved: dict[str, Any] | None) -> Watch | None:
+    if saved is None:
+        return None
+    at, steps = tuple(saved["at"]), tuple(saved["steps"])
+    return Watch(**saved | {"at": at, "steps": steps, "step_ids": frozenset(saved["step_ids"])})
+
+
+def _packed(position: int, features: np.ndarray) -> dict[str, Any]:
+    """A hidden state has thousands of numbers: as base64 of float32 they keep every bit."""
+    return {"position": position, "read": base64.b64encode(features.tobytes()).decode()}
+
+
+def _unpacked(saved: dict[str, Any]) -> tuple[int, np.ndarray]:
+    return saved["position"], np.frombuffer(base64.b64decode(saved["read"]), np.float32)

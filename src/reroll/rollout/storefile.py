@@ -11,7 +11,7 @@ from reroll.rollout.past import COLUMNS, NAMES
 
 APPLICATION_ID = 0x7265726C
 """`PRAGMA application_id` of our files: "rerl" """
-FORMAT = 1
+FORMAT = 2
 """`PRAGMA user_version` of what this module reads and writes"""
 PAGE = 4096
 """bytes; larger pages write faster but waste up to a third on rollouts of 1,000-8,000 tokens"""

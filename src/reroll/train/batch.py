@@ -36,6 +36,8 @@ class Microbatch:
     behaviour: torch.Tensor
     """as sampled, under the law actually drawn from"""
     advantages: torch.Tensor
+    inverse: torch.Tensor
+    """inverse-probability weights of tokens of thinned groups, else 1"""
     reference: torch.Tensor | None
     proximal: torch.Tensor | None
     values: torch.Tensor | None
@@ -61,7 +63,7 @@ class Minibatch:
     microbatches: list[Microbatch]
     tokens: float
     """trained tokens of all its graded rollouts, also of groups left out for want of signal, each
-    weighted as its rollout"""
+    weighted as its rollout and by its inverse probability"""
     rollouts: float
     """sum of the weights of the same rollouts"""
     groups: int
@@ -106,7 +108,7 @@ def _minibatch(
             _pack([run[k] for k in layout.which], layout)
             for layout in lay_out(pairs, microbatch_tokens, cost, behind)
         ],
-        tokens=sum(one.rollout.weight * sum(one.mask) for one in every),
+        tokens=sum(one.rollout.weight * one.tokens() for one in every),
         rollouts=sum(one.rollout.weight for one in every),
         groups=len(part),
         live_groups=len(live),
@@ -133,6 +135,7 @@ def _pack(credits: Sequence[Credit], layout: Layout) -> Microbatch:
         logprobs=floats([c.logprobs for c in completions]),
         behaviour=floats([c.behaviour_logprobs for c in completions]),
         advantages=torch.cat([one.advantages for one in credits]),
+        inverse=torch.cat([one.weights() for one in credits]),
         reference=joined([one.reference for one in credits]),
         proximal=joined([one.proximal for one in credits]),
         values=joined([one.values for one in credits]),

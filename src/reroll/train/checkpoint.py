@@ -8,6 +8,7 @@ not there. Only safetensors and JSON: nothing is unpickled.
     optimizer.safetensors                             AdamW moments by parameter name
     critic_weights, critic_moments .safetensors       PPO's critic and its optimizer
     under_way.jsonl                                   rollouts begun and not trained on, by unit
+    head.safetensors                                  networks that pruning goes by
     state.json                                        step, version, held-out reward, ...
 """
 
@@ -46,7 +47,8 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
 ) -> Path:
-    """Write `folder/step-N`. Raises UserError (disk full, no permission); older ones stay valid."""
+    """Write `folder/step-N`. state: JSON, but for its `tensors`, which go to a file of their own.
+    Raises UserError (disk full, no permission); older ones stay valid."""
     target, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -57,10 +59,13 @@ def save(
         _save_tensors(inner.pop("moments"), temporary / "optimizer.safetensors")
         for name, tensors in inner.pop("critic").items():
             _save_tensors(tensors, temporary / f"critic_{name}.safetensors")
+        if state.get("tensors"):
+            _save_tensors(state["tensors"], temporary / "head.safetensors")
         under_way = dict(state.get("under_way", {}))
         lines = [json.dumps(unit) + "\n" for unit in under_way.pop("units", [])]
         (temporary / "under_way.jsonl").write_text("".join(lines))
         told = state | {"under_way": under_way, "step": step, "trainer": inner}
+        told.pop("tensors", None)
         text = json.dumps(told, indent=1)
         (temporary / "state.json").write_text(text + "\n")
         for path in temporary.rglob("*"):
@@ -100,6 +105,8 @@ def load(path: Path, trainer: Trainer) -> dict[str, Any]:
             )
         with (path / "under_way.jsonl").open() as lines:
             state["under_way"]["units"] = [json.loads(line) for line in lines]
+        head = path / "head.safetensors"
+        state["tensors"] = load_file(head) if head.exists() else {}
         inner = state["trainer"] | {"moments": load_file(path / "optimizer.safetensors")}
         if trainer.critic is not None:
             inner["critic"] = {

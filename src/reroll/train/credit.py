@@ -5,18 +5,19 @@ What the formulas need of the model (reference log-probs, values, proximal log-p
 tokens of one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from reroll.algo import advantage
+from reroll.algo import advantage, thinned
 from reroll.algo.baseline import Running
 from reroll.algo.correct import within_lag
 from reroll.algo.loss import KL_ESTIMATORS, rollout_sums
 from reroll.algo.reward import soft_overlong
-from reroll.config import GROUP_ADVANTAGES, AlgoSection, CorrectSection
+from reroll.config import GROUP_ADVANTAGES, AlgoSection, CorrectSection, PruneSection
 from reroll.errors import UserError
 from reroll.types import Group, Rollout
 
@@ -49,10 +50,24 @@ class Credit:
     proximal: torch.Tensor | None = None
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    """inverse-probability weights, where its group was thinned out"""
 
     def carries_gradient(self) -> bool:
         """Whether any token that is trained on has an advantage."""
         return bool(self.advantages[torch.tensor(self.mask)].any())
+
+    def weights(self) -> torch.Tensor:
+        """What each token counts beside the others of its group, `[L]`."""
+        return torch.ones_like(self.advantages) if self.inverse is None else self.inverse
+
+    def tokens(self) -> float:
+        """Trained tokens, weighted likewise."""
+        return (
+            sum(self.mask)
+            if self.inverse is None
+            else self.inverse[torch.tensor(self.mask)].sum().item()
+        )
 
 
 def graded(groups: Sequence[Group]) -> list[Rollout]:
@@ -74,6 +89,7 @@ def credit(
     version: int,
     scores: Scores,
     running: Running | None = None,
+    prune: PruneSection | None = None,
 ) -> tuple[list[list[Credit]], dict[str, float]]:
     """Credit of each group's graded rollouts, and metrics of the batch.
 
@@ -90,9 +106,14 @@ def credit(
     lengths = [len(c.mask) for c in credits]
     shaped = [r.reward + _overlong(r, algo, max_tokens) for r in rollouts]  # type: ignore[operator]
     penalty_T, kl = _penalty(credits, algo, scores)
+    thinning = prune if prune is not None and prune.on and prune.mode == "corrected" else None
+    if thinning is not None:
+        _weigh(groups, grouped, thinning, algo)
     if credits:
         running = running or Running(algo.running_weight, algo.running_decay)
-        _advantages(grouped, algo, shaped, penalty_T, scores, running)
+        rest = groups if thinning is not None else ()
+        rule = _Rule(algo, running, rest, thinning is not None and thinning.equal == "skip")
+        _advantages(grouped, rule, shaped, penalty_T, scores)
     for name, stream_T in zip(("reference", "proximal", "values"), scores, strict=True):
         if stream_T is not None:
             for one, part in zip(credits, stream_T.double().cpu().split(lengths), strict=True):
@@ -151,21 +172,31 @@ def _penalty(
     return algo.kl_coef * kl_T, (kl_T.sum() / mask_T.sum().clamp(min=1)).item()
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How advantages are made."""
+
+    algo: AlgoSection
+    running: Running
+    thinned: Sequence[Group]
+    """the groups, with what was left out of them; empty where nothing was or it is not corrected"""
+    skip_equal: bool
+
+
 def _advantages(
     grouped: Sequence[list[Credit]],
-    algo: AlgoSection,
+    rule: _Rule,
     shaped: Sequence[float],
     penalty_T: torch.Tensor,
     scores: Scores,
-    running: Running,
 ) -> None:
     """Fill in the advantages (and the critic's returns) of all rollouts."""
-    credits = [one for group in grouped for one in group]
+    algo, credits = rule.algo, [one for group in grouped for one in group]
     lengths = [len(one.mask) for one in credits]
     if algo.advantage in GROUP_ADVANTAGES or algo.advantage == "running":
         totals = rollout_sums(penalty_T, lengths).tolist()
         rewards = [reward - off for reward, off in zip(shaped, totals, strict=True)]
-        given = _one_number_each(grouped, algo, rewards, running)
+        given = _one_number_each(grouped, rule, rewards)
         for one, value in zip(credits, given, strict=True):
             one.advantages.fill_(value)
         return
@@ -173,7 +204,7 @@ def _advantages(
     ends = torch.tensor(lengths, dtype=torch.long).cumsum(0) - 1
     rewards_T[ends] += torch.tensor(shaped, dtype=torch.float64)
     weights_T = _masks(credits) * torch.tensor(
-        [one.rollout.weight for one in credits for _ in one.mask], dtype=torch.float64
+        [_stands_for(one, rule) for one in credits for _ in one.mask], dtype=torch.float64
     )
     if algo.advantage == "reinforce_pp":
         advantages_T = advantage.reinforce_pp(rewards_T, lengths, weights_T, algo.gamma)
@@ -190,20 +221,71 @@ def _advantages(
 
 
 def _one_number_each(
-    grouped: Sequence[list[Credit]],
-    algo: AlgoSection,
-    rewards: Sequence[float],
-    running: Running,
+    grouped: Sequence[list[Credit]], rule: _Rule, rewards: Sequence[float]
 ) -> list[float]:
     """Advantages of whole rollouts, one after another."""
+    algo, credits = rule.algo, [one for group in grouped for one in group]
     if algo.advantage == "running":
-        rollouts = [one.rollout for group in grouped for one in group]
-        rows = [rollout.prompt.row for rollout in rollouts]
-        return running.advantages(rewards, rows, [rollout.weight for rollout in rollouts])
-    rule, rest, given = getattr(advantage, algo.advantage), iter(rewards), []
-    for group in grouped:
-        given += rule([next(rest) for _ in group], [one.rollout.weight for one in group])
+        rows = [one.rollout.prompt.row for one in credits]
+        return rule.running.advantages(rewards, rows, [_stands_for(one, rule) for one in credits])
+    plain, rest, given = getattr(advantage, algo.advantage), iter(rewards), []
+    for index, group in enumerate(grouped):
+        mine = [next(rest) for _ in group]
+        if rule.thinned and any(one.rollout.looks for one in group):
+            given += _against_all_started(rule, rule.thinned[index], group, mine)
+        else:
+            given += plain(mine, [one.rollout.weight for one in group])
     return given
+
+
+def _against_all_started(
+    rule: _Rule, group: Group, kept: Sequence[Credit], rewards: Sequence[float]
+) -> list[float]:
+    """Advantages of the graded rollouts of a group that was thinned out."""
+    known = {id(one.rollout): reward for one, reward in zip(kept, rewards, strict=True)}
+    every = [*group.rollouts, *group.pruned]
+    given = thinned.advantages(
+        rule.algo.advantage,  # type: ignore[arg-type]
+        [_looks(rollout) for rollout in every],
+        [known.get(id(rollout)) for rollout in every],
+        rule.skip_equal,
+    )
+    by_rollout = {id(rollout): a for rollout, a in zip(every, given, strict=True)}
+    return [by_rollout[id(one.rollout)] for one in kept]
+
+
+def _weigh(
+    groups: Sequence[Group],
+    grouped: Sequence[list[Credit]],
+    prune: PruneSection,
+    algo: AlgoSection,
+) -> None:
+    """Fill in the inverse-probability weights of groups that were thinned out."""
+    where = prune.weigh
+    if where == "auto":  # one ratio of a whole rollout takes one weight
+        where = "prefix" if algo.ratio == "token" else "all"
+    for group, kept in zip(groups, grouped, strict=True):
+        if not group.pruned:
+            continue
+        every = [*group.rollouts, *group.pruned]
+        lengths = [len(r.completion.token_ids) for r in every]
+        given = thinned.weights([_looks(r) for r in every], lengths, where, prune.cap)
+        by_rollout = {id(r): weights for r, weights in zip(every, given, strict=True)}
+        for one in kept:
+            one.inverse = torch.tensor(by_rollout[id(one.rollout)], dtype=torch.float64)
+
+
+def _stands_for(one: Credit, rule: _Rule) -> float:
+    """How many started rollouts one stands for in means over the batch."""
+    spared = one.rollout.looks if rule.thinned else ()
+    return one.rollout.weight / math.prod(look.survival for look in spared)
+
+
+def _looks(rollout: Rollout) -> list[thinned.Look]:
+    return [
+        thinned.Look(look.position, look.probability, look.survival, look.kept, look.ended)
+        for look in rollout.looks
+    ]
 
 
 def _masks(credits: Sequence[Credit]) -> torch.Tensor:

@@ -78,7 +78,7 @@ class PolicyLoss:
             max_tokens=self.max_tokens,
             weights_R=batch.weights,
         )
-        return (loss_T * weights_T).sum()
+        return (loss_T * weights_T * batch.inverse).sum()
 
     def _anchor(
         self,

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reroll.algo.baseline import Running
-from reroll.config import AlgoSection, CorrectSection, TrainSection
+from reroll.config import AlgoSection, CorrectSection, PruneSection, TrainSection
 from reroll.model.attention import checkpoint_gradients
 from reroll.model.layout import Layout, in_order, lay_out
 from reroll.model.load import switch_off_dropout
@@ -43,8 +43,8 @@ class Trainer:
     """Owns the optimizers and the policy version; shares the module with the engine.
 
     temperature, max_tokens: those of sampling. reference: the KL's anchor, or None; a model with
-    adapters is its own reference, with the adapters off. critic: for advantage = "gae". shares:
-    whether what rollouts begin with alike is run once, and how.
+    adapters is its own reference, with the adapters off. critic: for advantage = "gae". prune: how
+    groups were thinned out. shares: whether what rollouts begin with alike is run once, and how.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Trainer:
         temperature: float,
         max_tokens: int,
         correct: CorrectSection | None = None,
+        prune: PruneSection | None = None,
         autocast: torch.dtype | None = None,
         reference: PreTrainedModel | None = None,
         critic: Critic | None = None,
@@ -65,7 +66,7 @@ class Trainer:
         assert (reference is not None) == (algo.kl_coef > 0)
         self.model, self.reference, self.critic = model, reference, critic
         self.algo, self.train, self.correct = algo, train, correct or CorrectSection()
-        self.max_tokens = max_tokens
+        self.prune, self.max_tokens = prune, max_tokens
         self.forwards = Forwards(model.device, temperature, autocast)
         self.policy_loss = PolicyLoss(algo, self.correct, max_tokens, train.check_logprobs)
         self.wide = torch.float64 if model.dtype == torch.float64 else torch.float32
@@ -116,6 +117,7 @@ class Trainer:
             version=self.version,
             scores=self._scores(groups),
             running=self.running,
+            prune=self.prune,
         )
 
     @torch.no_grad()
@@ -227,9 +229,8 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(
-                f"loss or gradient was not finite {MAX_SKIPPED} optimizer steps in a row "
-                f"(loss {loss}, gradient norm {norm}); lower train.learning_rate, or check "
-                "the model and its dtype"
+                f"loss or gradient was not finite {MAX_SKIPPED} optimizer steps in a row (loss "
+                f"{loss}, gradient norm {norm}); lower train.learning_rate, or check the model"
             )
 
     def _backward(
