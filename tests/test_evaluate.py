@@ -27,7 +27,7 @@ def scripted(
 
     def collect(
         engine: Any, graders: Any, decode: Any, prompts: Sequence[Prompt], visits: list[int],
-        spec: CollectSpec, progress: Any = None,
+        spec: CollectSpec, progress: Any = None, decisions: Any = None,
     ) -> Collected:  # fmt: skip
         specs.append(spec)
         assert visits == [0] * len(prompts)

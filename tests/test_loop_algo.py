@@ -24,6 +24,7 @@ from reroll.order import stream
 from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import Collected, Progress
+from reroll.rollout.launch import Launch
 from reroll.rollout.refill import has_signal
 from reroll.rollout.unit import Unit
 from reroll.rundir import RunDir
@@ -460,7 +461,7 @@ def test_stopped_between_two_draws_of_a_step(
 ) -> None:
     changes = SCHEDULES | KINDS["dynamic sampling"][0]
     steps: list[list[int]] = []
-    next_batch, admit = Collector.next, Collector._admit
+    next_batch, admit = Collector.next, Launch.admit
 
     def watched_next(collector: Collector, progress: Progress | None = None) -> Collected:
         if collector.buffer.bound is not None:
@@ -476,7 +477,7 @@ def test_stopped_between_two_draws_of_a_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "next", watched_next)
-        patch.setattr(Collector, "_admit", stopped)
+        patch.setattr(Launch, "admit", stopped)
         if stop is interrupt:
             assert main(project.train(**changes)) == 130
         else:

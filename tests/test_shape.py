@@ -22,7 +22,7 @@ LAYERS = [
     {
         "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate",
         "setup", "scheduling", "occupancy", "simulate", "comparison", "timeline", "workload",
-        "summary", "pruning", "loop", "cli", "__main__",
+        "summary", "pruning", "helptext", "loop", "cli", "__main__",
     },
 ]  # fmt: skip
 """from low to high; a module imports from its own part and from lower layers"""

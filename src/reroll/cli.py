@@ -15,48 +15,7 @@ from reroll.config import ALGORITHMS, Config, Section, describe, load_config
 from reroll.config.load import load_settings
 from reroll.config.simulate import SimulateConfig
 from reroll.errors import UserError
-
-DEMO = """\
-Train the packaged demo policy (1M parameters, Qwen3 architecture) on chain sums it has never
-seen, on this machine, and print held-out reward before and after. Takes a few minutes on two
-CPU cores. Starting it again goes on where it stopped."""
-
-TRAIN = """\
-Train a policy. CONFIG is a TOML file (see recipes/ in the repository); every setting can also be
-given as a flag, which wins over the file. Starting again with the same command goes on from the
-last checkpoint; the run that was killed and started again is the run that was not killed.
-
-  reroll train recipes/chain_sum.toml
-  reroll train recipes/own_data.toml --model.path Qwen/Qwen3-0.6B --task.name problems.jsonl
-  reroll train recipes/chain_sum.toml --run.out runs/b --algo.name gspo
-  reroll train recipes/ppo.toml --train.learning_rate 5e-5"""
-
-EVAL = """\
-Evaluate a policy on its task's held-out problems: mean reward, pass@k, maj@k, greedy, each with a
-95 % bootstrap interval over problems. TARGET is a run directory (its newest checkpoint) or a
-configuration file. The last line is one JSON object.
-
-  reroll eval runs/demo
-  reroll eval runs/demo --step 20 --eval.samples 16
-  reroll eval recipes/chain_sum.toml --task.eval_size 500"""
-
-SIMULATE = """\
-Compare schedules before renting the machines: the collector of a run on an engine without a model,
-which only counts what ticks cost and how long replies are. Times are a roofline's (no schedule
-beats it, real engines reach less), a measured run's or constants of your own; memory is not
-checked, rollouts and updates take turns, and what stale tokens do to learning is not simulated.
-CONFIG is a TOML file of the settings below, which are flags too and win over it.
-
-  reroll simulate                                       one H100 with a model of 7.6e9 parameters
-  reroll simulate --gpu l4 --parameters 1.5e9 --slots 64 --median 800 --cap 8192
-  reroll simulate --replicas 1,4,16 --prompts 256 --out simulate.png
-  reroll simulate --run runs/a --costs runs/a --slots 16   lengths and costs of a recorded run
-  reroll simulate --schedules april --over 2 --slots 32 --prompts 8 --timeline timeline.png
-
-Columns: trained tokens per second of rollouts and updates, the same over sync's, share of slot time
-that was idle while collecting, tokens drawn and not trained on, trained tokens of older weights,
-most updates a token was behind, tokens read again over trained, mean length trained on over that
-of all that was started, updates from a prompt's admission to its training, seconds an update."""
+from reroll.helptext import DEMO, EVAL, SIMULATE, TRAIN
 
 MOST_SLOTS = 2000
 """that a timeline is drawn of"""
@@ -145,6 +104,7 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     from reroll.evaluate import evaluate
     from reroll.rundir import RunDir
+    from reroll.scheduling import make_voter
     from reroll.setup import prepare
     from reroll.summary import evaluation_table
     from reroll.train.checkpoint import checkpoints
@@ -162,6 +122,11 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
     elif args.step is not None:
         raise UserError("--step: needs a run directory as TARGET, not a configuration file")
     config = load_config(target / "config.toml" if run else target, overrides)
+    if args.vote not in ("majority", config.prune.signal if config.prune.learns and run else ""):
+        raise UserError(
+            f"--vote {args.vote}: {target} has learnt no such votes; they come from a run with "
+            f"prune.on = true and prune.signal = {args.vote!r}"
+        )
     with prepare(config, run, step) as parts:
         metrics = evaluate(
             parts.engine,
@@ -173,6 +138,7 @@ def _evaluate(args: argparse.Namespace, overrides: dict[str, str]) -> int:
             step=step or 0,
             seed=config.run.seed,
             sampling=parts.sampling,
+            voter=make_voter(config, parts) if args.vote != "majority" else None,
         )
     record = {"target": str(target), "step": step, **metrics}
     Console(highlight=False).print(evaluation_table(record))
@@ -253,6 +219,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("target", metavar="TARGET", help="run directory or TOML file")
             command.add_argument(
                 "--step", type=int, help="checkpoint to evaluate (default: the newest)"
+            )
+            command.add_argument(
+                "--vote",
+                choices=("majority", "confidence", "quality"),
+                default="majority",
+                help="beside the majority of the answers, their vote weighted by what a run that "
+                "prunes by this signal has learnt (default: majority alone)",
             )
     return parser
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from reroll.algo.passk import bootstrap_interval, majority_at_k, pass_at_k
+from reroll.algo.passk import bootstrap_interval, majority_at_k, pass_at_k, vote_at_k
 from reroll.config import EvalSection
 from reroll.engine.base import Engine
 from reroll.rollout.collect import collect
 from reroll.rollout.collected import CollectSpec, Progress
+from reroll.rollout.decisions import Decisions
+from reroll.rollout.vote import Voter
 from reroll.tasks.pool import GraderPool
 from reroll.types import Finish, Group, Prompt, Purpose, Rollout, Sampling
 
@@ -29,11 +31,13 @@ def evaluate(
     step: int,
     sampling: Sampling,
     progress: Progress | None = None,
+    voter: Voter | None = None,
 ) -> dict[str, float]:
     """Metrics of the held-out `prompts`; keys of the greedy part begin with `greedy_`.
 
     extract: completion text to the answer that maj@k counts. step: names the evaluation.
-    sampling: its temperature is replaced by the configuration's.
+    sampling: its temperature is replaced by the configuration's. voter: gives a weighted vote
+    (`vote@k`) beside the majority.
     """
     spec = CollectSpec(
         Purpose.EVAL,
@@ -43,45 +47,41 @@ def evaluate(
         label=f"eval-{step}",
     )
     visits = [0] * len(prompts)
-    groups = collect(engine, graders, decode, prompts, visits, spec, progress).groups
-    metrics = _statistics(groups, extract, config.correct_at)
+    looks = Decisions(prune=voter)
+    groups = collect(engine, graders, decode, prompts, visits, spec, progress, looks).groups
+    metrics = _statistics(groups, extract, config.correct_at, voter)
     if config.greedy:
         greedily = replace(sampling, temperature=0.0)
         once = replace(spec, samples=1, sampling=greedily, label=f"eval-{step}-greedy")
         greedy = collect(engine, graders, decode, prompts, visits, once, progress).groups
         rewards = [_reward(group.rollouts[0]) for group in greedy]
-        low, high = bootstrap_interval(rewards)
-        metrics |= {
-            "greedy_reward": fmean(rewards),
-            "greedy_reward_low": low,
-            "greedy_reward_high": high,
-        }
+        metrics |= _with_interval("greedy_reward", rewards)
     return metrics
 
 
 def _statistics(
-    groups: Sequence[Group], extract: Callable[[str], str | None], correct_at: float
+    groups: Sequence[Group],
+    extract: Callable[[str], str | None],
+    correct_at: float,
+    voter: Voter | None,
 ) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     means = [fmean(map(_reward, group.rollouts)) for group in groups]
-    low, high = bootstrap_interval(means)
-    metrics = {"reward": fmean(means), "reward_low": low, "reward_high": high}
+    metrics = _with_interval("reward", means)
     correct = [[_reward(r) >= correct_at for r in group.rollouts] for group in groups]
     samples = len(groups[0].rollouts)
     for k in _powers_of_two(samples):
         chances = [pass_at_k(samples, sum(marks), k) for marks in correct]
-        low, high = bootstrap_interval(chances)
-        metrics |= {f"pass@{k}": fmean(chances), f"pass@{k}_low": low, f"pass@{k}_high": high}
-    votes = [
-        majority_at_k([extract(r.text) for r in group.rollouts], marks)
-        for group, marks in zip(groups, correct, strict=True)
-    ]
-    low, high = bootstrap_interval(votes)
-    metrics |= {
-        f"maj@{samples}": fmean(votes),
-        f"maj@{samples}_low": low,
-        f"maj@{samples}_high": high,
-    }
+        metrics |= _with_interval(f"pass@{k}", chances)
+    answers = [[extract(r.text) for r in group.rollouts] for group in groups]
+    majority = [majority_at_k(said, marks) for said, marks in zip(answers, correct, strict=True)]
+    metrics |= _with_interval(f"maj@{samples}", majority)
+    if voter is not None:
+        weights = [voter.weights(group.rollouts) for group in groups]
+        votes = [vote_at_k(*each) for each in zip(answers, weights, correct, strict=True)]
+        metrics |= _with_interval(f"vote@{samples}", votes)
+        gains = [a - b for a, b in zip(votes, majority, strict=True)]
+        metrics |= _with_interval(f"vote@{samples} - maj@{samples}", gains)
     truncated = fmean(r.completion.finish is Finish.LENGTH for r in rollouts)
     return metrics | {
         "length": fmean(len(r.completion.token_ids) for r in rollouts),
@@ -90,6 +90,11 @@ def _statistics(
         "problems": float(len(groups)),
         "samples": float(samples),
     }
+
+
+def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    low, high = bootstrap_interval(values)
+    return {name: fmean(values), f"{name}_low": low, f"{name}_high": high}
 
 
 def _reward(rollout: Rollout) -> float:

@@ -10,6 +10,7 @@ from reroll.rollout.collected import CollectSpec
 from reroll.rollout.decisions import Decisions
 from reroll.rollout.policies import make_schedule
 from reroll.rollout.prune import Pruner
+from reroll.rollout.vote import Voter
 from reroll.setup import Parts
 from reroll.types import Prompt
 
@@ -48,18 +49,33 @@ def make_pruner(config: Config, parts: Parts) -> Pruner | None:
     prune = config.prune
     if not prune.on:
         return None
-    ends: frozenset[int] = frozenset()
-    if prune.when == "steps" or prune.signal == "length":
-        ids = range(len(parts.tokenizer))
-        ends = frozenset(i for i in ids if prune.boundary in parts.decode([i]))
-        if not ends:
-            raise UserError(
-                f"prune.boundary = {prune.boundary!r}: no token of this model's vocabulary has it; "
-                "choose a text that one token holds"
-            )
     pruner = Pruner(
-        prune, max_tokens=config.rollout.max_tokens, seed=config.run.seed, step_ids=ends
+        prune,
+        max_tokens=config.rollout.max_tokens,
+        seed=config.run.seed,
+        step_ids=_step_ids(config, parts),
     )
     if saved := parts.restored.get("prune"):
         pruner.load_state(saved | {"tensors": parts.restored["tensors"]})
     return pruner
+
+
+def make_voter(config: Config, parts: Parts) -> Voter | None:
+    """Votes by what the checkpoint's pruning has learnt; None: it had no pruning."""
+    pruner = make_pruner(config, parts)
+    return pruner and Voter(config.prune, pruner.predictor, pruner.step_ids)
+
+
+def _step_ids(config: Config, parts: Parts) -> frozenset[int]:
+    """Tokens that end a step; none where steps are not counted."""
+    prune = config.prune
+    if prune.when != "steps" and prune.signal != "length":
+        return frozenset()
+    ids = range(len(parts.tokenizer))
+    ends = frozenset(i for i in ids if prune.boundary in parts.decode([i]))
+    if not ends:
+        raise UserError(
+            f"prune.boundary = {prune.boundary!r}: no token of this model's vocabulary has it; "
+            "choose a text that one token holds"
+        )
+    return ends

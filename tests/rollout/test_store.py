@@ -47,6 +47,7 @@ def past(row: int = 0, sample: int = 0, visit: int = 0, step: int = 1, **other: 
         graders="abc",
         finish="stop",
         trained=bool(seed % 3),
+        pruning=f'{{"saved": {seed}}}' if seed % 2 else "",
     )
     return Past(**made | other)
 
@@ -112,7 +113,7 @@ def test_rollouts_are_equal_field_by_field() -> None:
     assert one == past() and hash(one) == hash(past()) and one != "something else"
     changed: dict[str, Any] = dict(
         token_ids=[0] * 5, logprobs=[0.0] * 5, versions=[9] * 5, reward=None, rewards={},
-        graders="", finish="length", trained=not one.trained,
+        graders="", finish="length", trained=not one.trained, pruning="{}",
     )  # fmt: skip
     for field in fields(Past):
         value = changed.get(field.name, 77)

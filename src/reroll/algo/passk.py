@@ -1,7 +1,7 @@
 """Evaluation statistics over several samples of a problem: pass@k, maj@k, intervals."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,12 +24,26 @@ def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool]) -> flo
 
     answers: extracted answers, None where there was none (never the majority).
     """
-    assert len(answers) == len(correct)
-    counts = Counter(answer for answer in answers if answer is not None)
-    if not counts:
+    return vote_at_k(answers, [1.0] * len(answers), correct)
+
+
+def vote_at_k(
+    answers: Sequence[str | None], weights: Sequence[float], correct: Sequence[bool]
+) -> float:
+    """Whether the answer with the greatest sum of weights is correct, ties shared out.
+
+    weights: of each answer, 0 or more; as calibrated chances of success they are ARRoL's vote at
+    test time (arXiv 2603.24840). answers: as in `majority_at_k`.
+    """
+    assert len(answers) == len(weights) == len(correct)
+    sums: defaultdict[str, float] = defaultdict(float)
+    for answer, weight in zip(answers, weights, strict=True):
+        if answer is not None:
+            sums[answer] += weight
+    if not sums:
         return 0.0
-    top = max(counts.values())
-    tied = [answer for answer, count in counts.items() if count == top]
+    top = max(sums.values())
+    tied = [answer for answer, total in sums.items() if total >= top * (1 - 1e-12)]
     right = dict(zip(answers, correct, strict=True))
     return sum(right[answer] for answer in tied) / len(tied)
 

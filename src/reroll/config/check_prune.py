@@ -103,7 +103,15 @@ def _control(config: "Config") -> str | None:
         idle["rule"] = ("signal", "when", "at", "floor", "ratio", "refill")
     if not prune.learns:
         control = "rule" if prune.rule == "pods" else "signal"
-        names = ("warmup", "audit", "adaptive", "least_auc", "head_width", "head_rate", "head_memory")
+        names = (
+            "warmup",
+            "audit",
+            "adaptive",
+            "least_auc",
+            "head_width",
+            "head_rate",
+            "head_memory",
+        )
         idle[control] = (*idle.get(control, ()), *names)
     if prune.rule == "fixed":
         idle["rule"] = ("floor",)

@@ -1,0 +1,60 @@
+"""Votes at test time: how much a finished rollout's answer counts, by what pruning has learnt.
+
+ARRoL, arXiv 2603.24840, votes with its head's score. Here it is the network that was trained on
+finished rollouts beside the one that prunes (`Predictor.end`), calibrated.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reroll.config import PruneSection
+from reroll.engine.base import Probed
+from reroll.rollout.predict import Predictor
+from reroll.rollout.signal import features
+from reroll.rollout.unit import Member, Unit
+from reroll.types import Rollout, Watch
+
+
+class Voter:
+    """Looks at every rollout of a collect when it ends, and stops none (`decisions.Pruning`)."""
+
+    def __init__(
+        self, config: PruneSection, predictor: Predictor, step_ids: frozenset[int]
+    ) -> None:
+        self.config, self.predictor, self.step_ids = config, predictor, step_ids
+        self._read: dict[tuple[int, int], np.ndarray] = {}
+
+    def watch(self) -> Watch:
+        """Their ends alone."""
+        hidden = self.config.signal == "quality"
+        return Watch(hidden=hidden, entropy=not hidden or self.config.statistics, last=True)
+
+    def see(self, member: Member, probed: Probed) -> None:
+        """One has ended."""
+        config, rollout = self.config, member.rollout
+        read = features(config.signal, probed, self.step_ids, config.statistics)
+        self._read[rollout.prompt.row, rollout.sample] = read
+
+    def ended(self, member: Member) -> None:
+        """Nothing to do."""
+
+    def due(self, unit: Unit) -> bool:
+        """Never."""
+        return False
+
+    def decide(self, unit: Unit) -> list[Member]:
+        """Nobody is left out."""
+        return []
+
+    def more(self, unit: Unit, stopped: int) -> int:
+        """No more."""
+        return 0
+
+    def learn(self, units: Sequence[Unit]) -> None:
+        """Evaluations teach nothing."""
+
+    def weights(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Calibrated chance of success of each, of the last collect."""
+        read = np.stack([self._read[r.prompt.row, r.sample] for r in rollouts])
+        return self.predictor.end_bins.probabilities(self.predictor.end.scores(read))
