@@ -59,6 +59,13 @@ def speculation_metrics(before: Stats, after: Stats) -> dict[str, float]:
     }
 
 
+def graded_tokens(collected: Collected) -> int:
+    """Tokens of the rollouts that the graders were given, those left out after it among them."""
+    every = [r for group in collected.groups for r in (*group.rollouts, *group.pruned)]
+    ended = (r.completion for r in every if r.completion.finish is not Finish.ABORT)
+    return sum(len(completion.token_ids) for completion in ended) - collected.tokens_known
+
+
 def lengths(groups: Sequence[Group]) -> list[int]:
     """Completion tokens of each rollout."""
     return [len(r.completion.token_ids) for group in groups for r in group.rollouts]

@@ -14,10 +14,10 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
 
+from reroll import figures
 from reroll.audit import Audit, gap_warning
 from reroll.config import Config, settings
 from reroll.evaluate import evaluate
-from reroll.figures import lengths, refill_metrics, rollout_metrics, samples, speculation_metrics
 from reroll.interrupt import Interrupts
 from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
@@ -164,13 +164,13 @@ class _Run:
         check_failures(collected, self.config.grading.max_failures)
         parts.engine.spans, groups = None, collected.trained()
         rollout_seconds = time.perf_counter() - started
-        metrics = rollout_metrics(collected)
+        metrics = figures.rollout_metrics(collected)
         metrics |= schedule_metrics(
             collected, stats, parts.engine.stats(), rollout_seconds, parts.engine.policy_version
         )
         if self.reuse is not None:
             metrics |= self.reuse.metrics(collected.groups, parts.engine.policy_version)
-            metrics |= speculation_metrics(stats, parts.engine.stats())
+            metrics |= figures.speculation_metrics(stats, parts.engine.stats())
         if self.pruner is not None:
             metrics |= prune_metrics(collected.groups, self.pruner)
         if self.audit is not None and self.audit.due(step) and metrics["drafted"] > 0:
@@ -179,18 +179,18 @@ class _Run:
         with self.interrupts.held():  # weights, logs and `done` agree whenever it is interrupted
             metrics |= self._train(groups, step, collected)
             ledger.add_engine(stats, parts.engine.stats(), parts.cost)
-            ledger.tokens["grade"] += sum(lengths(collected.groups)) - collected.tokens_known
+            ledger.tokens["grade"] += figures.graded_tokens(collected)
             ledger.seconds["grade"] += collected.seconds_grading
             metrics |= ledger.since(before).metrics()
             if self.config.algo.dynamic_sampling:
-                metrics |= refill_metrics(collected, groups)
+                metrics |= figures.refill_metrics(collected, groups)
             # the earliest of the batch: prompts may have been taken in long before
             metrics["epoch"] = min(r.visit for group in collected.groups for r in group.rollouts)
             metrics["version"] = parts.trainer.version
             metrics["seconds_rollout"] = rollout_seconds
-            metrics["tokens_per_second"] = sum(lengths(collected.groups)) / rollout_seconds
+            metrics["tokens_per_second"] = sum(figures.lengths(collected.groups)) / rollout_seconds
             self.run.log({"kind": "train", "step": step, **metrics})
-            self.run.sample(samples(step, collected.groups, self.config.log.samples))
+            self.run.sample(figures.samples(step, collected.groups, self.config.log.samples))
             if spans is not None:
                 self.run.stays(step, batch_of(step, spans, buffer, collected, stats.clock))
             self.done, self.counted = step, parts.engine.state()

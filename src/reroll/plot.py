@@ -19,13 +19,19 @@ _REUSE = (
     ("duplicates", "share of rollouts written before"),
 )
 """panels of a run that reuses rollouts"""
+_PRUNE = (
+    ("within_auc", "area inside whole groups (ROC)"),
+    ("calibration_error", "calibration error"),
+)
+"""panels of a run that prunes by a signal"""
 
 
 def plot_run(run: RunDir) -> Path | None:
     """Draw reward, length, entropy and live groups over the steps; None if there is nothing yet.
 
-    A run that reuses rollouts has panels for that. Where it is audited, the reward of what it
-    trained on stands beside that of fresh samples, under its own name: it is not the policy's.
+    A run that prunes by a signal has panels of how well that tells rollouts apart, one that reuses
+    rollouts of that. Where it is audited, the reward of what it trained on stands beside that of
+    fresh samples, under its own name: it is not the policy's.
     """
     records = run.records()
     steps = [r for r in records if r["kind"] == "train"]
@@ -35,7 +41,9 @@ def plot_run(run: RunDir) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = _PANELS + (_REUSE if "reused_tokens" in steps[0] else ())
+    panels = _PANELS
+    for more in (_REUSE, _PRUNE):
+        panels += more if any(more[0][0] in r for r in steps) else ()
     audits = [r for r in steps if "reward_gap" in r]
     figure = Figure(figsize=(10, 3.25 * len(panels) / 2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,12 +51,17 @@ def plot_run(run: RunDir) -> Path | None:
     trained_on = "rollouts trained on (reused)" if _biased(run) else "training rollouts"
     for axis, (key, label) in zip(axes, panels, strict=True):
         name = trained_on if key == "reward" else None
-        axis.plot([r["step"] for r in steps], [r[key] for r in steps], color="#4477aa", label=name)
+        at, values = zip(*((r["step"], r[key]) for r in steps if key in r), strict=True)
+        axis.plot(at, values, color="#4477aa", label=name)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     if audits:
         at, fresh = [r["step"] for r in audits], [r["reward_fresh"] for r in audits]
         axes[0].plot(at, fresh, "s-", color="#228833", label="fresh samples (audit)")
+    for axis, (key, _) in zip(axes, panels, strict=True):
+        if key == "within_auc":
+            axis.axhline(0.5, color="#999999", linestyle=":", label="chance")
+            axis.legend(loc="best", frameon=False)
     _held_out(axes[0], [r for r in records if r["kind"] == "eval"])
     axes[0].legend(loc="best", frameon=False)
     for axis in axes:  # last: from then on the view stays as it is

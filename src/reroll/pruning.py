@@ -54,7 +54,7 @@ def prune_metrics(groups: Sequence[Group], pruner: Pruner) -> dict[str, float]:
 
 def rivals(groups: Sequence[Group], pruner: Pruner) -> dict[str, float]:
     """Of each arm, means over the whole groups: share with signal, variance of the rewards trained
-    on, tokens drawn, tokens trained on. Nothing without a whole group."""
+    on, tokens drawn, tokens trained on; of none without a whole group."""
     found: dict[str, list[float]] = {}
     whole = [group for group in groups if _is_whole(group)]
     for group in whole:
@@ -87,7 +87,7 @@ def _try(arm: str, group: Group, pruner: Pruner) -> tuple[float, float, float, f
         live = 1 - same / math.comb(count, keep)
         return live, _variance(rewards), total * keep / count, total * keep / count * live
     if arm == "pruned":
-        draws = [_pruned(group, pruner, (i + 0.5) / DRAWS) for i in range(DRAWS)]
+        draws = _pruned(group, pruner)
     else:
         kept = widest(rewards, keep) if arm == "pods" else [True] * len(rewards)
         draws = [(kept, lengths)]
@@ -96,26 +96,29 @@ def _try(arm: str, group: Group, pruner: Pruner) -> tuple[float, float, float, f
     return live, variance, drawn, trained
 
 
-def _pruned(group: Group, pruner: Pruner, lot: float) -> tuple[list[bool], list[int]]:
-    """Who would be kept, and the tokens that each would have drawn."""
-    kept, drawn = (
-        [True] * len(group.rollouts),
-        [len(r.completion.token_ids) for r in group.rollouts],
-    )
+def _pruned(group: Group, pruner: Pruner) -> list[tuple[list[bool], list[int]]]:
+    """Who would be kept, and the tokens that each would have drawn, for lots spread evenly."""
+    lengths = [len(r.completion.token_ids) for r in group.rollouts]
+    draws = [([True] * len(lengths), list(lengths)) for _ in range(DRAWS)]
+    known: dict[tuple[int, ...], list[float]] = {}
     for stage in range(pruner.stages):
-        left = [i for i, stays in enumerate(kept) if stays and len(group.rollouts[i].looks) > stage]
-        looks = [group.rollouts[i].looks[stage] for i in left]
-        keep = pruner.keep(len(kept), stage)
-        if keep >= len(left):
-            continue
-        chances = [pruner.predictor.share(look.probability) for look in looks]
-        _, stay = pruner.rule(chances, keep, chances, lot)
-        last = max((look.position for look in looks if not look.ended), default=0)
-        for i, look, stays in zip(left, looks, stay, strict=True):
-            if not stays:
-                kept[i] = False
-                drawn[i] = drawn[i] if look.ended else min(drawn[i], last)
-    return kept, drawn
+        keep = pruner.keep(len(lengths), stage)
+        for index, (kept, drawn) in enumerate(draws):
+            left = [i for i, r in enumerate(group.rollouts) if kept[i] and len(r.looks) > stage]
+            if keep >= len(left):
+                continue
+            looks = [group.rollouts[i].looks[stage] for i in left]
+            chances = [pruner.predictor.share(look.probability) for look in looks]
+            if (name := (stage, *left)) not in known:
+                known[name] = pruner.survival(chances, keep)
+            lot = (index + 0.5) / DRAWS
+            stay = pruner.pick(chances, known[name], keep, chances, lot)
+            last = max((look.position for look in looks if not look.ended), default=0)
+            for i, look, stays in zip(left, looks, stay, strict=True):
+                if not stays:
+                    kept[i] = False
+                    drawn[i] = drawn[i] if look.ended else min(drawn[i], last)
+    return draws
 
 
 def _figures(

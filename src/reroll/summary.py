@@ -8,6 +8,7 @@ from rich.table import Table
 from reroll.audit import gap_warning, pooled_gap
 from reroll.config import load_config
 from reroll.ledger import CATEGORIES
+from reroll.pruning import earnings
 from reroll.rundir import RunDir
 from reroll.train.checkpoint import checkpoints
 
@@ -29,6 +30,8 @@ def print_summary(run: RunDir, console: Console | None = None) -> dict[str, Any]
         console.print(_reuse_table(steps))
         if warning := gap_warning(steps, load_config(run.config_path).reuse):
             console.print(warning, style="bold red")
+    if rows := earnings(steps):
+        console.print(_prune_table(steps, rows))
     newest = max(checkpoints(run.checkpoints).items(), default=None)
     console.print("Written:")
     for path in (
@@ -112,6 +115,31 @@ def _reuse_table(steps: list[dict[str, Any]]) -> Table:
             table.add_row(f"reward, {name} (audit)", *cells)
         gap = f"{pooled.gap:+.3f} ± {pooled.half(0.05):.3f}"
         table.add_row(f"mean gap of {len(audits)} audits", "", gap)
+    return table
+
+
+def _prune_table(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Table:
+    """What pruning earns against its rivals, tried on the groups that were left whole."""
+    groups = sum(r["whole_groups"] for r in steps)
+    title = f"A group, each way tried on {groups:.0f} whole ones (seconds at this run's costs)"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "tokens drawn", "trained on", "seconds", "with signal", "variance of rewards"):
+        table.add_column(name, justify="right" if name else "left")
+    names = {
+        "all": "all rollouts",
+        "fewer": "fewer started",
+        "pods": "chosen after the end",
+        "pruned": "pruned",
+    }
+    for row in rows:
+        table.add_row(
+            names[row["arm"]],
+            f"{row['drawn']:,.0f}",
+            f"{row['trained']:,.0f}",
+            f"{row['seconds']:.3g}",
+            f"{row['live']:.2f}",
+            f"{row['variance']:.3f}",
+        )
     return table
 
 

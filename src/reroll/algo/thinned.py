@@ -51,6 +51,9 @@ def estimates(looks_G: Sequence[Sequence[Look]], rewards_G: Sequence[float | Non
         if not looks:
             estimates.append(math.nan if reward is None else float(reward))
             continue
+        if reward is not None and all(look.kept and look.survival == 1 for look in looks):
+            estimates.append(float(reward))  # to the last bit
+            continue
         values = [look.probability for look in looks]
         values.append(values[-1] if reward is None else reward)
         estimate, factor = values[0], 1.0
@@ -112,24 +115,23 @@ def weights(
 ) -> list[list[float]]:
     """What each token's gradient counts, `[G][L]`; an empty list for those not kept.
 
-    lengths_G: tokens of each completion. Each stage k gives the tokens that it had read m / s: s
-    the rollout's survival, m the mean of all that reached the stage. Divided by G times the
-    product of the m's (with one stage: the number expected to be kept), the sum over the kept then
-    stands for the mean over all started, while a typical kept one weighs 1.
+    lengths_G: tokens of each completion. Each stage gives the tokens that it had read 1 / survival
+    (Horvitz and Thompson 1952): over the kept, divided by all that were started, their sum stands
+    for the mean over all started.
 
     where "prefix": only those tokens. Later ones weigh 1: theirs is the gradient after a prefix,
-    right in itself, with prefixes counted s / m times. "all": every token, all stages; "none": 1.
-    cap: the largest weight, 0 for none. ValueError for an unknown where or a cap below 0.
+    right in itself, with prefixes counted as often as they survive. "all": every token, all
+    stages; "none": 1. cap: the largest weight, 0 for none. ValueError for an unknown where or a cap
+    below 0.
     """
     if where not in ("prefix", "all", "none") or not cap >= 0:
         raise ValueError(f"unknown where {where!r} or cap {cap} below 0")
-    means = _mean_survival(looks_G)
     weights = []
     for looks, length in zip(looks_G, lengths_G, strict=True):
         row = [1.0] * (length if lives(looks) else 0)
-        for look, mean in zip(looks if row and where != "none" else (), means, strict=False):
+        for look in looks if row and where != "none" else ():
             for t in range(length if where == "all" else min(look.position, length)):
-                row[t] *= mean / look.survival
+                row[t] /= look.survival
         weights.append([min(w, cap) for w in row] if cap else row)
     return weights
 
@@ -137,13 +139,6 @@ def weights(
 def lives(looks: Sequence[Look]) -> bool:
     """Whether no stage dropped this rollout."""
     return all(look.kept for look in looks)
-
-
-def _mean_survival(looks_G: Sequence[Sequence[Look]]) -> list[float]:
-    """Of all that reached it, for each stage."""
-    stages = max(map(len, looks_G), default=0)
-    reached = [[looks[k].survival for looks in looks_G if len(looks) > k] for k in range(stages)]
-    return [math.fsum(survival) / len(survival) for survival in reached]
 
 
 def _known(looks: Sequence[Look], reward: float | None) -> tuple[float, float]:

@@ -49,6 +49,10 @@ def _estimator(config: "Config") -> str | None:
             f"prune.rule = {prune.rule!r}: its choice is no lot, so there are no chances to "
             "correct by; set prune.mode = 'paper', or prune.rule = 'tilt'"
         )
+    if prune.rule == "fixed" and prune.signal == "random":
+        return (
+            "prune.rule = 'fixed': with prune.signal = 'random' it has nothing to go by; use 'tilt'"
+        )
     if prune.mode == "corrected" and prune.weigh == "prefix" and algo.ratio != "token":
         return (
             f"prune.weigh = 'prefix': algo.ratio = {algo.ratio!r} is one ratio for a whole "

@@ -55,7 +55,7 @@ class PruneSection(Section):
     cap: float = Field(
         default=2.0,
         ge=0,
-        description="corrected: largest of these weights, against 1 after the probe; 0: no cap",
+        description="corrected: largest of these weights, which are 1 / survival; 0: no cap",
     )
     equal: Literal["skip", "train"] = Field(
         default="skip",

@@ -207,6 +207,8 @@ class Buffer:
             self.ready.remove(unit)
         unit.cut = max(member.tokens for member in unit.members)
         unit.done.clear()
+        for member in unit.members:
+            member.stamp += 1  # extra ones do not come again
         own = [member for member in unit.members if not member.extra]
         unit.members = sorted([*own, *unit.pruned], key=lambda member: member.rollout.sample)
         unit.pruned, unit.stage, unit.need = [], 0, unit.wanted

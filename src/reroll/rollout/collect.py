@@ -16,7 +16,15 @@ from dataclasses import replace
 
 from reroll.engine.base import Engine, Finished
 from reroll.rollout.buffer import Buffer
-from reroll.rollout.collected import Collected, CollectSpec, Graders, Progress, finish, groups_of
+from reroll.rollout.collected import (
+    Collected,
+    CollectSpec,
+    Graders,
+    Progress,
+    earned,
+    finish,
+    groups_of,
+)
 from reroll.rollout.decisions import NOTHING, RESTART, Decisions
 from reroll.rollout.grading import Grading
 from reroll.rollout.launch import Launch, Source
@@ -154,7 +162,7 @@ class Collector:
         assert self.pruner is not None
         if any(member.state is State.DONE for member in unit.members):
             self.grading.wait()
-        out, buffer = self.pruner.decide(unit), self.buffer
+        out, buffer = self.pruner.decide(unit, lambda r: earned(r, self.spec)), self.buffer
         running = {m.request.id: m for m in out if m.state is State.RUNNING}
         for completion in self.engine.abort(running, "pruned") if running else ():
             member = running[completion.request_id]
@@ -163,6 +171,8 @@ class Collector:
         stopped = [member for member in out if member.state is not State.DONE]
         buffer.prune(unit, out)
         self._ended += len(stopped)
+        for member in stopped:
+            member.rollout.completion.abort_reason = "pruned"
         for member in out:
             self._drop(member, ended=member not in stopped)
         self.launch.more(unit, self.pruner.more(unit, len(stopped)))

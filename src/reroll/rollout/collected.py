@@ -95,26 +95,33 @@ def grade_job(rollout: Rollout, job_id: int, spec: CollectSpec) -> GradeJob:
     return GradeJob(job_id, name, prompt.text, rollout.text, prompt.answer, prompt.columns)
 
 
+def earned(rollout: Rollout, spec: CollectSpec) -> float | None:
+    """What a graded rollout's reward will be once it is settled; see `settle`."""
+    if rollout.completion.finish is Finish.LENGTH and rollout.reward is not None:
+        if spec.truncated == "zero":
+            return 0.0
+        if spec.truncated == "penalty":
+            return rollout.reward - spec.penalty
+    return rollout.reward
+
+
 def settle(rollout: Rollout, spec: CollectSpec) -> None:
     """Apply the policy for truncated completions, once graded.
 
     keep: as graded. mask: no gradient, but its reward stays in the group's statistics.
     zero: reward 0. penalty: reward minus `spec.penalty`.
     """
-    if rollout.completion.finish is not Finish.LENGTH or rollout.reward is None:
-        return
-    if spec.truncated == "mask":
+    rollout.reward = earned(rollout, spec)
+    cut = rollout.completion.finish is Finish.LENGTH and rollout.reward is not None
+    if cut and spec.truncated == "mask":
         rollout.completion.loss_mask = [False] * len(rollout.completion.loss_mask)
-    elif spec.truncated == "zero":
-        rollout.reward = 0.0
-    elif spec.truncated == "penalty":
-        rollout.reward -= spec.penalty
 
 
 def finish(collected: Collected, spec: CollectSpec) -> Collected:
     """Settle every rollout, count what went wrong."""
     rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
-    for rollout in rollouts:
+    pruned = [rollout for group in collected.groups for rollout in group.pruned]
+    for rollout in (*rollouts, *pruned):
         settle(rollout, spec)
     ungraded = [rollout for rollout in rollouts if rollout.reward is None]
     collected.ungraded = len(ungraded)

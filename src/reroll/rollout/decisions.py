@@ -37,6 +37,10 @@ GradeRule = Callable[[Rollout], Graded | None]
 """a finished rollout -> its grade, if that is known already"""
 
 
+Earned = Callable[[Rollout], float | None]
+"""a rollout that has ended -> the reward that it will be trained on; None: ungraded"""
+
+
 class Pruning(Protocol):
     """Which members of a unit are stopped on their way; see `rollout/prune.py`."""
 
@@ -56,7 +60,7 @@ class Pruning(Protocol):
         """Whether a unit is to be judged now."""
         ...
 
-    def decide(self, unit: Unit) -> list[Member]:
+    def decide(self, unit: Unit, earned: Earned) -> list[Member]:
         """Judge it, once the grades due are there: those of its members that are left out."""
         ...
 

@@ -16,6 +16,7 @@ from reroll.algo.calibrate import Bins
 from reroll.algo.separation import WithinAuc, calibration_error
 from reroll.config import PruneSection
 from reroll.errors import UserError
+from reroll.rollout.decisions import Earned
 from reroll.rollout.lengths import represents
 from reroll.rollout.signal import Signal
 from reroll.rollout.unit import Member, State, Unit
@@ -76,19 +77,20 @@ class Predictor:
 
     # --- rewards ----------------------------------------------------------------------------------
 
-    def success(self, rollout: Rollout) -> float:
-        """A reward as a share of the way from the least to the greatest.
+    def success(self, rollout: Rollout, earned: Earned = lambda rollout: rollout.reward) -> float:
+        """Its reward as a share of the way from the least to the greatest.
 
         Raises UserError for one outside.
         """
-        assert rollout.reward is not None
+        reward = earned(rollout)
+        assert reward is not None
         low, high = self.config.low, self.config.high
-        if not low - 1e-9 <= rollout.reward <= high + 1e-9:
+        if not low - 1e-9 <= reward <= high + 1e-9:
             raise UserError(
                 f"prune.low = {low:g}, prune.high = {high:g}: problem {rollout.prompt.row} earned "
-                f"{rollout.reward:g}; set them to the least and the greatest reward there is"
+                f"{reward:g}; set them to the least and the greatest reward there is"
             )
-        return self.share(rollout.reward)
+        return self.share(reward)
 
     def share(self, reward: float) -> float:
         """The same of any reward, or expected one."""
@@ -171,7 +173,7 @@ class Predictor:
         place = f" at probe {stage + 1}" if len(self.areas) > 1 else ""
         area = self.areas[stage]
         if math.isnan(area.auc):
-            return f"prune{place}: stands down: no whole group has had unequal rewards yet"
+            return f"prune{place}: keeps everything: nothing is known of its signal yet"
         found = f"area inside whole groups {area.auc:.3f} +- {area.error:.3f}"
         if worth:
             return f"prune{place}: {found}: prunes"

@@ -24,6 +24,7 @@ from reroll.algo.noise import share
 from reroll.algo.survive import balanced, systematic, tilt, widest
 from reroll.config import PruneSection
 from reroll.engine.base import Probed
+from reroll.rollout.decisions import Earned
 from reroll.rollout.lengths import Lengths
 from reroll.rollout.predict import LAST, Predictor
 from reroll.rollout.signal import features
@@ -106,7 +107,7 @@ class Pruner:
             if not member.extra
         )
 
-    def decide(self, unit: Unit) -> list[Member]:
+    def decide(self, unit: Unit, earned: Earned) -> list[Member]:
         """Judge a unit: its members get a look each, those that are to be left out are returned.
 
         All grades of those that have ended must be there. One that has ended without a grade is not
@@ -115,11 +116,13 @@ class Pruner:
         began = time.perf_counter()
         stage, unit.stage = unit.stage, unit.stage + 1
         judged = [member for member in unit.members if self._is_judged(member, stage)]
+        if unit.complete:  # whoever still runs has lost the race
+            judged = [member for member in judged if member.state is State.DONE]
         predictor = self.predictor
         found = predictor.judge([m.seen[stage][1] for m in judged if stage in m.seen], stage)
         scores = [next(found) if stage in member.seen else None for member in judged]
         chances = [
-            predictor.success(member.rollout) if score is None else score.chance
+            predictor.success(member.rollout, earned) if score is None else score.chance
             for member, score in zip(judged, scores, strict=True)
         ]
         keep = len(judged)
@@ -172,33 +175,44 @@ class Pruner:
         """Members that stay at a probe, of so many that were started."""
         return min(started, max(self.config.least, round(self.config.keep[stage] * started)))
 
-    def rule(
-        self, chances: Sequence[float], keep: int, key: Sequence[float], lot: float
-    ) -> tuple[list[float], list[bool]]:
-        """Survival of each, and whether it is kept. key: in what order the lot runs over them."""
+    def survival(self, chances: Sequence[float], keep: int) -> list[float]:
+        """Chance of each to be among so many that are kept."""
         config, count = self.config, len(chances)
-        if config.rule == "pods":
-            return [1.0] * count, widest(chances, keep)
-        if config.rule == "fixed":
-            return [keep / count] * count, balanced(chances, keep, config.ratio)
-        survival = [keep / count] * count
-        if config.signal != "random":
-            survival = tilt(chances, keep, config.ratio, config.floor)
-        return survival, systematic(survival, sorted(range(count), key=lambda i: key[i]), lot)
+        if config.rule == "tilt" and config.signal != "random":
+            return tilt(chances, keep, config.ratio, config.floor)
+        # a control knows nothing, not even who is right already; and where the rest is no lot,
+        # this is only the share that is kept
+        return [1.0 if config.rule == "pods" else keep / count] * count
+
+    def pick(
+        self,
+        chances: Sequence[float],
+        survival: Sequence[float],
+        keep: int,
+        key: Sequence[Any],
+        lot: float,
+    ) -> list[bool]:
+        """Who is kept. key: the order in which the lot runs over them."""
+        if self.config.rule == "pods":
+            return widest(chances, keep)
+        if self.config.rule == "fixed":
+            return balanced(chances, keep, self.config.ratio)
+        return systematic(survival, sorted(range(len(key)), key=lambda i: key[i]), lot)
 
     def _thin(
         self, unit: Unit, stage: int, judged: Sequence[Member], chances: Sequence[float], keep: int
     ) -> tuple[list[float], list[bool]]:
-        """The rule, with this unit's lot."""
+        """Survival of each of the judged, and who is kept."""
         count, row, visit = len(judged), unit.prompt.row, unit.visit
         if keep >= count:
             return [1.0] * count, [True] * count
         samples = [member.rollout.sample for member in judged]
         key: Sequence[Any] = list(zip(chances, samples, strict=True))
-        if self.config.signal == "random":  # knows nothing, not even who is right already
+        if self.config.signal == "random":
             key = [share(self.seed, "prune order", row, sample, visit) for sample in samples]
         lot = share(self.seed, "prune", row, stage, visit)
-        return self.rule(chances, max(keep, 1), key, lot)
+        survival = self.survival(chances, max(keep, 1))
+        return survival, self.pick(chances, survival, max(keep, 1), key, lot)
 
     # --- after a batch ----------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ def _member(member: Member) -> dict[str, Any]:
         "request": member.request.id,
         "lost": member.lost,
         "extra": member.extra,
-        "looks": [asdict(look) for look in member.rollout.looks],
+        # what is drawn anew is of no prefix that was looked at
+        "looks": [] if gone else [asdict(look) for look in member.rollout.looks],
         "seen": {} if gone else {place: _packed(*seen) for place, seen in member.seen.items()},
         "rollout": {name: getattr(member.rollout, name) for name in _ROLLOUT},
         "completion": {f.name: getattr(completion, f.name) for f in fields(completion)},

@@ -16,7 +16,7 @@ RECENT = 8
 """tokens that count as recent"""
 BATCH = 256
 """rollouts of one step of the network's optimizer"""
-STEPS = 24
+STEPS = 16
 """of those steps after each batch of rollouts"""
 FADE = 0.7
 """what earlier batches count in the mean and deviation that features are divided by"""
@@ -121,7 +121,7 @@ class Signal:
                     bound = weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.0
                     weight.copy_((2 * torch.rand(weight.shape, generator=source) - 1) * bound)
             self._optimizer = torch.optim.AdamW(
-                self._net.parameters(), lr=self.rate, weight_decay=1e-2
+                self._net.parameters(), lr=self.rate, weight_decay=1e-2, fused=True
             )
         return self._net, self._optimizer
 

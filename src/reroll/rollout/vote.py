@@ -10,6 +10,7 @@ import numpy as np
 
 from reroll.config import PruneSection
 from reroll.engine.base import Probed
+from reroll.rollout.decisions import Earned
 from reroll.rollout.predict import Predictor
 from reroll.rollout.signal import features
 from reroll.rollout.unit import Member, Unit
@@ -43,7 +44,7 @@ class Voter:
         """Never."""
         return False
 
-    def decide(self, unit: Unit) -> list[Member]:
+    def decide(self, unit: Unit, earned: Earned) -> list[Member]:
         """Nobody is left out."""
         return []
 

@@ -65,7 +65,7 @@ class Minibatch:
     """trained tokens of all its graded rollouts, also of groups left out for want of signal, each
     weighted as its rollout and by its inverse probability"""
     rollouts: float
-    """sum of the weights of the same rollouts"""
+    """sum of the weights of the same rollouts; of a thinned group, of all that were started"""
     groups: int
     live_groups: int
     """groups with a non-zero advantage"""
@@ -109,7 +109,7 @@ def _minibatch(
             for layout in lay_out(pairs, microbatch_tokens, cost, behind)
         ],
         tokens=sum(one.rollout.weight * one.tokens() for one in every),
-        rollouts=sum(one.rollout.weight for one in every),
+        rollouts=sum(one.rollout.weight * one.counts for one in every),
         groups=len(part),
         live_groups=len(live),
     )

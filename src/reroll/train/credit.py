@@ -52,6 +52,8 @@ class Credit:
     returns: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
     """inverse-probability weights, where its group was thinned out"""
+    counts: float = 1.0
+    """rollouts that it counts as in averages: with such weights, its share of all started"""
 
     def carries_gradient(self) -> bool:
         """Whether any token that is trained on has an advantage."""
@@ -273,6 +275,7 @@ def _weigh(
         by_rollout = {id(r): weights for r, weights in zip(every, given, strict=True)}
         for one in kept:
             one.inverse = torch.tensor(by_rollout[id(one.rollout)], dtype=torch.float64)
+            one.counts = 1.0 if where == "none" else len(every) / len(group.rollouts)
 
 
 def _stands_for(one: Credit, rule: _Rule) -> float:
