@@ -66,11 +66,11 @@ def draw(logits_BV: torch.Tensor, positions_B: torch.Tensor, law: Law) -> Drawn:
 
 
 def entropy(logits_BV: torch.Tensor) -> torch.Tensor:
-    """Of the law that logits stand for, in nats, `[B]`: log Z - sum p * logit."""
-    # what is impossible (-inf) adds nothing
-    laws_BV = logits_BV.softmax(-1)
-    inner_B = (laws_BV * logits_BV.clamp(min=torch.finfo(logits_BV.dtype).min)).sum(-1)
-    return (logits_BV.logsumexp(-1) - inner_B).clamp(min=0)
+    """Of the law that logits stand for, in nats, `[B]`."""
+    logprobs_BV = logits_BV.log_softmax(-1)
+    # what is impossible (-inf) adds nothing: 0 times a number
+    finite_BV = logprobs_BV.clamp(min=torch.finfo(logits_BV.dtype).min)
+    return -torch.einsum("bv,bv->b", logprobs_BV.exp(), finite_BV)
 
 
 def pick(logits_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """Where watched requests are probed: events with the states that tokens were drawn from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from reroll.engine.base import Probed
 from reroll.engine.sequence import Sequence as Running
 from reroll.types import Watch
+
+LAST = -1
+"""the place of a rollout's end"""
 
 
 def wants_hidden(sequences: Sequence[Running]) -> bool:
@@ -16,34 +19,44 @@ def wants_hidden(sequences: Sequence[Running]) -> bool:
 
 def probes(
     sequence: Running, states: torch.Tensor | None, begin: int, drawn: int
-) -> Iterator[Probed]:
+) -> Iterable[Probed]:
     """Probe events among the forwards that drew its tokens begin, ..., begin + drawn - 1.
 
     states: `[drawn, H]`, that from which each of them was drawn, that is, after reading as many
     completion tokens as stand before it; None: nobody wants any.
     """
-    watch, done = sequence.request.watch, sequence.completion
+    watch, end = sequence.request.watch, begin + drawn
     if watch is None or drawn <= 0:
-        return
+        return ()
+    last = watch.last and sequence.finished
+    if not (last or watch.steps or any(begin <= at < end for at in watch.at)):
+        return ()  # nearly always
+    tokens = sequence.completion.token_ids
+    found = [
+        _event(sequence, states, begin, position, position, place)
+        for position in range(begin, end)
+        for place in _places(watch, tokens, position)
+    ]
+    if last:
+        found.append(_event(sequence, states, begin, end - 1, len(tokens), LAST))
+    return found
 
-    def event(position: int, read: int, place: int, last: bool = False) -> Probed:
-        hidden = states[position - begin].clone() if watch.hidden and states is not None else None
-        return Probed(
-            sequence.request.id,
-            position,
-            hidden,
-            done.token_ids[:read],
-            done.logprobs[:read],
-            done.entropies[:read],
-            place,
-            last,
-        )
 
-    for position in range(begin, begin + drawn):
-        for place in _places(watch, done.token_ids, position):
-            yield event(position, position, place)
-    if watch.last and sequence.finished:
-        yield event(begin + drawn - 1, len(done.token_ids), -1, last=True)
+def _event(
+    sequence: Running, states: torch.Tensor | None, begin: int, position: int, read: int, place: int
+) -> Probed:
+    request, done = sequence.request, sequence.completion
+    hidden = request.watch is not None and request.watch.hidden
+    return Probed(
+        request.id,
+        position,
+        states[position - begin].clone() if hidden and states is not None else None,
+        done.token_ids[:read],
+        done.logprobs[:read],
+        done.entropies[:read],
+        place,
+        last=place == LAST,
+    )
 
 
 def _places(watch: Watch, tokens: list[int], position: int) -> list[int]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from reroll.types import Finish, Rollout
 
 BATCHES = 8
@@ -32,6 +34,8 @@ class Lengths:
         """running mean over batches"""
         self._batches: list[list[tuple[int, float]]] = []
         """(length, how many it stands for) of what ended, the latest batches"""
+        self._longer: np.ndarray | None = None
+        """`[3, N]` lengths rising; from each on, how many there are, and their tokens"""
 
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """A batch of rollouts, those that were stopped among them."""
@@ -46,11 +50,18 @@ class Lengths:
         first = not self._batches
         self.mean = mean if first else FADE * self.mean + (1 - FADE) * mean
         self._batches = [*self._batches, ended][-BATCHES:]
+        self._longer = None
 
     def left(self, tokens: int) -> float:
         """Tokens still to come, as expected after so many; 0 where nothing was longer."""
-        longer = [(n - tokens, w) for batch in self._batches for n, w in batch if n > tokens]
-        return sum(n * w for n, w in longer) / sum(w for _, w in longer) if longer else 0.0
+        if self._longer is None:
+            rows = sorted(row for batch in self._batches for row in batch)
+            lengths, counts = np.array(rows, float).reshape(-1, 2).T
+            sums = (x[::-1].cumsum()[::-1] for x in (counts, counts * lengths))
+            self._longer = np.stack([lengths, *sums])
+        lengths, counts, totals = self._longer
+        first = int(np.searchsorted(lengths, tokens, side="right"))
+        return float(totals[first] / counts[first] - tokens) if first < len(lengths) else 0.0
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -60,6 +71,7 @@ class Lengths:
         """Go on from `state()`."""
         self.mean = state["mean"]
         self._batches = [[(int(n), float(w)) for n, w in batch] for batch in state["batches"]]
+        self._longer = None
 
 
 def _counts(rollout: Rollout) -> bool:

@@ -4,6 +4,7 @@ ARRoL (arXiv 2603.24840) reads the last hidden state; log-probs and entropies so
 and serve any engine. `M` rollouts, `F` features, `H` hidden width, `T` tokens read.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,14 +29,17 @@ def statistics(logprobs: Sequence[float], entropies: Sequence[float]) -> list[fl
     """Of the tokens read: mean, recent mean, deviation and minimum of their log-probs; mean, recent
     mean and maximum of the entropies; mean log-prob beyond what the entropy says; 9 numbers with
     the logarithm of how many there are. Without entropies those are 0."""
-    lp = np.asarray(logprobs, float)
-    if not len(lp):
+    count = len(logprobs)
+    if not count:
         return [0.0] * 9
-    h = np.asarray(entropies, float) if len(entropies) == len(lp) else np.zeros(len(lp))
-    recent = slice(-RECENT, None)
-    of_lp = [lp.mean(), lp[recent].mean(), lp.std(), lp.min()]
-    of_h = [h.mean(), h[recent].mean(), h.max(), (lp + h).mean()]
-    return [float(x) for x in (*of_lp, *of_h, np.log1p(len(lp)))]
+    # plain Python: these are short, and numpy would take longer to be called
+    h = entropies if len(entropies) == count else [0.0] * count
+    mean, mean_h = sum(logprobs) / count, sum(h) / count
+    deviation = math.sqrt(max(0.0, sum(x * x for x in logprobs) / count - mean * mean))
+    recent, recent_h = logprobs[-RECENT:], h[-RECENT:]
+    of_lp = [mean, sum(recent) / len(recent), deviation, min(logprobs)]
+    of_h = [mean_h, sum(recent_h) / len(recent_h), max(h), mean + mean_h]
+    return [*of_lp, *of_h, math.log1p(count)]
 
 
 def progress(token_ids: Sequence[int], step_ids: frozenset[int]) -> list[float]:
