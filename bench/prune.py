@@ -7,12 +7,13 @@
     corrected       the same survivors, all started ones in the baseline, inverse-chance weights
 
 Training: every arm takes the same steps from the demo policy, on chain sums of 5-9 terms, flat and
-on prefix trees, and of 8-10 terms (`long`); the arms of a seed run by turns, a step each. Reward
-per second is the held-out gain per second of training steps (evaluations left out).
+on prefix trees, of 8-10 terms (`long`), and from a policy that is right one time in ten (`rare`).
+The arms of a seed run by turns, a step each. Reward per second is the held-out gain per second of
+training steps (evaluations left out).
 
-Frozen policies (the demo policy at the start and after 12 steps): what signals know at 8 to 32
-tokens, what rules choose, and how the gradient of what is kept lies to that of all 16 of the same
-batch and of the others, by draws of whole groups that are thinned out afterwards.
+Frozen policies (the demo policy at the start and after 12 steps, and the rare one): what signals
+know at 8 to 32 tokens, what rules choose, and how the gradient of what is kept lies to that of all
+16 of the same batch and of the others, by draws of whole groups that are thinned out afterwards.
 Intervals are Student's t over seeds.
 
     python -m bench.prune [--quick] [--fresh] [--part train|frozen]
@@ -30,6 +31,7 @@ from transformers.utils import logging
 from bench.common import Parts, arguments, interval, table
 from bench.prune_frozen import AT, measure_frozen, show_frozen
 from bench.prune_plots import draw
+from bench.prune_policy import rare_policy
 from bench.turns import side_by_side, yield_turn
 from reroll import loop
 from reroll.config import load_config
@@ -60,6 +62,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "task.params": "{min_terms = 8, max_terms = 10, min_digits = 2, max_digits = 2}",
         },
     ),
+    "rare": (("none16", "none8", "paper", "corrected"), {"train.trees": "false"}),
 }  # fmt: skip
 FULL = {
     "rollout.prompts": "32", "rollout.samples": "16", "train.steps": "16", "eval.every": "8",
@@ -91,6 +94,7 @@ def run(setting: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = FULL | SETTINGS[setting][1] | (QUICK if quick else {}) | ARMS[arm]
         settings |= {"run.out": f"{folder}/run", "run.seed": str(seed)}
+        settings |= {"model.path": rare_policy()} if setting == "rare" else {}
         step = loop._Run._step
 
         def in_turn(self: loop._Run, number: int) -> None:
@@ -192,14 +196,14 @@ def main() -> None:
     summary: dict[str, Any] = {}
     if args.part in ("", "frozen"):
         for seed in seeds:
-            for policy in ("start", "trained"):
+            for policy in ("start", "trained", "rare")[: 2 if args.quick else 3]:
                 measured = parts.measure(
                     f"frozen/{policy}/{seed}",
                     lambda p=policy, s=seed: measure_frozen(p, s, args.quick),
                 )
                 detail["frozen"].setdefault(policy, []).append(measured)
-        for policy, measured in detail["frozen"].items():
-            summary |= show_frozen(policy, measured)
+        for policy in ("start", "trained", "rare"):
+            summary |= show_frozen(policy, detail["frozen"].get(policy, []))
     if args.part in ("", "train"):
         for setting, (arms, _) in SETTINGS.items():
             arms = QUICK_ARMS if args.quick else arms

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bench.common import interval, table
+from bench.prune_policy import rare_policy
 from reroll.algo.calibrate import Bins
 from reroll.algo.separation import WithinAuc, calibration_error
 from reroll.algo.survive import balanced, systematic, tilt, widest
@@ -54,6 +55,7 @@ CORRECTED = {
 }
 """estimators of a thinned group beside the paper's"""
 ARMS = ("random", "paper", *CORRECTED, "pods")
+RULES = ("all", "random", "tilt", "fixed", "pods")
 ALGOS = ("dr_grpo", "grpo", "rloo")
 FEW = ("random", "paper", "corrected")
 """estimators under the algorithms but the first"""
@@ -100,12 +102,13 @@ def measure_frozen(policy: str, seed: int, quick: bool) -> dict[str, Any]:
         settings = {
             "run.out": f"{folder}/run", "run.seed": str(seed), "log.display": "off",
             "task.seed": str(seed), "train.steps": "32",
+            "model.path": rare_policy() if policy == "rare" else "demo",
         }  # fmt: skip
         config = load_config(DEMO, settings)
         run = RunDir(config.run.out)
         run.open(config)
         with prepare(config, run, None) as parts:
-            steps = 0 if policy == "start" else 2 if quick else STEPS
+            steps = 0 if policy != "trained" else 2 if quick else STEPS
             for step in range(steps):
                 groups, _ = batch(parts, 4 if quick else 32, 8, seed, 1000 + step)
                 parts.trainer.step(parts.trainer.credit(groups)[0])
@@ -244,9 +247,7 @@ def rules(
     lot: random.Random,
 ) -> dict[str, dict[str, float]]:
     """Share of groups with signal and variance of rewards (without bias) that each rule leaves."""
-    chosen: dict[str, list[list[float]]] = {
-        name: [] for name in ("all", "random", "tilt", "fixed", "pods")
-    }
+    chosen: dict[str, list[list[float]]] = {name: [] for name in RULES}
     for groups, left, found in zip(measured, thinned, chances, strict=True):
         for group, mine in zip(groups, left, strict=True):
             every = rewards_of(group)
@@ -329,6 +330,9 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def show_frozen(policy: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
     """The tables of a policy; its keys of the last line."""
+    keys = _keys(policy, measured)
+    if not measured:
+        return keys
     of = f"{policy}, reward {fmean(m['reward'] for m in measured):.2f}, "
     of += f"length {fmean(m['length'] for m in measured):.0f}: means of {len(measured)} seeds"
     rows = [
@@ -356,20 +360,29 @@ def show_frozen(policy: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
         rows.append((arm, *cells))
     title = f"Cosine to the gradient of all 16 of the same batch, and of the others, {of}"
     table(title, ("estimator", *ALGOS), rows)
-    keys: dict[str, Any] = {}
-    areas = [m["auc"][f"confidence_{DECIDED}"] for m in measured]
-    keys |= {f"within_auc_{policy}": fmean(areas), f"within_auc_{policy}_ci": interval(areas)}
-    keys[f"within_auc_quality_{policy}"] = fmean(m["auc"][f"quality_{DECIDED}"] for m in measured)
-    keys[f"calibration_error_{policy}"] = fmean(m["calibration_error"] for m in measured)
-    for rule in ("all", "random", "tilt", "fixed", "pods"):
-        keys[f"live_{rule}_{policy}"] = fmean(m["rules"][rule]["live"] for m in measured)
-        keys[f"variance_{rule}_{policy}"] = fmean(m["rules"][rule]["variance"] for m in measured)
+    return keys
+
+
+def _keys(policy: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Null where nothing was measured."""
     end = "" if policy == "start" else f"_{policy}"
+    found = {
+        f"within_auc_{policy}": [m["auc"][f"confidence_{DECIDED}"] for m in measured],
+        f"within_auc_quality_{policy}": [m["auc"][f"quality_{DECIDED}"] for m in measured],
+        f"calibration_error_{policy}": [m["calibration_error"] for m in measured],
+    }
+    for rule in RULES:
+        for figure in ("live", "variance"):
+            found[f"{figure}_{rule}_{policy}"] = [m["rules"][rule][figure] for m in measured]
     for arm in ("all 16", *ARMS):
         name = f"grad_cosine_{arm.replace(' ', '_')}{end}"
         for column, to in enumerate(("", "_to_others")):
-            values = [fmean(x[column] for x in m["cosines"][ALGOS[0]][arm]) for m in measured]
-            keys |= {f"{name}{to}": fmean(values), f"{name}{to}_ci": interval(values)}
+            found[f"{name}{to}"] = [
+                fmean(x[column] for x in m["cosines"][ALGOS[0]][arm]) for m in measured
+            ]
+    keys: dict[str, Any] = {}
+    for name, values in found.items():
+        keys |= {name: fmean(values) if values else None, f"{name}_ci": interval(values)}
     return keys
 
 

@@ -280,6 +280,33 @@ def test_evaluating_a_run_gives_what_the_run_measured(
     assert "greedy_reward" not in record
 
 
+def test_votes_come_from_a_run_that_prunes(
+    project: Project, mistake: Mistake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prunes = {
+        "rollout__samples": 6, "prune__on": "true", "prune__least": 2, "prune__when": "tokens",
+        "prune__at": "[2]", "prune__warmup": 1, "train__steps": 2,
+    }  # fmt: skip
+    for signal, flags in (("confidence", {}), ("quality", {"prune__signal": "quality"})):
+        assert main(project.train(**prunes, **flags, run__out=str(project.out / signal))) == 0
+        run = str(project.out / signal)
+        capsys.readouterr()
+        for votes in (signal, signal, "majority"):
+            assert main(["eval", run, "--vote", votes, "--eval.samples", "3"]) == 0
+        last, again, majority = (
+            json.loads(line)
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith('{"target"')
+        )
+        assert last == again and 0 <= last["vote@3"] <= 1
+        assert majority == {key: value for key, value in last.items() if "vote" not in key}
+    assert mistake(["eval", str(project.out / "confidence"), "--vote", "quality"]) == (
+        f"--vote quality: {project.out / 'confidence'} has learnt no such votes; they come from a "
+        "run with prune.on = true and prune.signal = 'quality'"
+    )
+    assert "--vote confidence" in mistake(["eval", project.train()[1], "--vote", "confidence"])
+
+
 def test_evaluating_a_configuration(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     _, config, *flags = project.train()
     assert main(["eval", config, *flags]) == 0

@@ -89,6 +89,28 @@ def test_figures_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "30" in first.label
 
 
+class Weighing:
+    """A voter that weighs by what is written."""
+
+    def weights(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return [0.9 if rollout.text == "7" else 0.2 for rollout in rollouts]
+
+
+def test_votes_beside_the_majority(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[list[Answer]] = [
+        [("7", 1.0), ("8", 0.0), ("8", 0.0)],  # the majority is wrong, the vote right
+        [("1", 1.0), ("1", 1.0), ("2", 0.0)],  # both right
+    ]
+    scripted(monkeypatch, sampled, [("7", 1.0), ("1", 1.0)])
+    metrics = evaluate(
+        None, None, spell, lambda text: text, PROMPTS[:2], EvalSection(samples=3), seed=5, step=30,
+        sampling=SAMPLING, voter=Weighing(),
+    )  # fmt: skip
+    assert (metrics["maj@3"], metrics["vote@3"], metrics["vote@3 - maj@3"]) == (0.5, 1.0, 0.5)
+    assert metrics["vote@3 - maj@3_low"] <= 0.5 <= metrics["vote@3 - maj@3_high"]
+    assert not any("vote" in key for key in evaluated(2, samples=3))
+
+
 def test_from_which_reward_a_rollout_is_correct(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[list[Answer]] = [[("a", 0.5), ("b", 0.49)]]
     scripted(monkeypatch, sampled, [("a", 0.5)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reroll.algo.passk import bootstrap_interval, majority_at_k, pass_at_k
+from reroll.algo.passk import bootstrap_interval, majority_at_k, pass_at_k, vote_at_k
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -50,6 +50,30 @@ def test_pass_at_k_refuses_what_makes_no_sense(samples, correct, k):
 )
 def test_majority_by_hand(answers, correct, expected):
     assert majority_at_k(answers, correct) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "answers, weights, correct, expected",
+    [
+        (["7", "8", "8"], [0.9, 0.3, 0.3], [True, False, False], 1.0),
+        (["7", "8", "8"], [0.6, 0.3, 0.3], [True, False, False], 0.5),  # a tie is shared out
+        (["7", "8", "8"], [0.5, 0.3, 0.3], [True, False, False], 0.0),
+        ([None, "8", "9"], [5.0, 0.2, 0.1], [False, True, False], 1.0),  # no answer has no vote
+        (["7", "7", "7", "8"], [0.1, 0.1, 0.1, 0.3], [True, True, True, False], 0.5),
+        (["7", "8"], [0.0, 0.0], [True, False], 0.5),
+    ],
+)
+def test_weighted_votes_by_hand(answers, weights, correct, expected):
+    assert vote_at_k(answers, weights, correct) == pytest.approx(expected, abs=1e-15)
+
+
+def test_equal_weights_are_the_majority():
+    dice = np.random.default_rng(1)
+    for _ in range(200):
+        answers = [str(x) for x in dice.integers(4, size=7)]
+        marks = [answer == "2" for answer in answers]
+        weight = float(dice.random())
+        assert vote_at_k(answers, [weight] * 7, marks) == majority_at_k(answers, marks)
 
 
 def test_the_interval_is_that_of_scipy():

@@ -74,7 +74,7 @@ class Pruner:
             steps,
             self.step_ids if steps else frozenset(),
             hidden=hidden,
-            entropy=config.learns and (not hidden or config.statistics),
+            entropy=config.signal == "confidence" or (hidden and config.statistics),
             last=config.learns,
         )
 
