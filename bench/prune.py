@@ -54,6 +54,7 @@ ARMS: dict[str, dict[str, str]] = {
 FEW = ("none16", "none8", "corrected")
 SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "flat": (tuple(ARMS), {"train.trees": "false"}),
+    "rare": (("none16", "none8", "paper", "corrected"), {"train.trees": "false"}),
     "tree": (FEW, {"train.steps": "10"}),
     "long": (
         FEW,
@@ -62,7 +63,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
             "task.params": "{min_terms = 8, max_terms = 10, min_digits = 2, max_digits = 2}",
         },
     ),
-    "rare": (("none16", "none8", "paper", "corrected"), {"train.trees": "false"}),
 }  # fmt: skip
 FULL = {
     "rollout.prompts": "32", "rollout.samples": "16", "train.steps": "16", "eval.every": "8",
@@ -152,7 +152,7 @@ def show(setting: str, found: dict[str, list[dict[str, float]]]) -> dict[str, An
         rows.append(
             (
                 arm,
-                *(f"{mean[f'seconds_{x}']:.2f}" for x in ("step", "rollout", "train", "head")),
+                *(f"{mean[f'seconds_{x}']:.2f}" for x in ("step", *TIMES)),
                 f"{fmean(against(seeds, found['none16'], 'seconds_step')):.2f}",
                 f"{mean['tokens_decode']:,.0f}",
                 f"{mean['tokens_trained']:,.0f}",
@@ -164,8 +164,8 @@ def show(setting: str, found: dict[str, list[dict[str, float]]]) -> dict[str, An
             )
         )
     columns = (
-        setting, "s/step", "rollouts", "train", "head", "speed-up", "decoded", "trained", "live",
-        "held-out", "gain", "gain/s : n16", ": n8",
+        setting, "s/step", "rollouts", "score", "train", "head", "speed-up", "decoded", "trained",
+        "live", "held-out", "gain", "gain/s : n16", ": n8",
     )  # fmt: skip
     table(f"Training, {setting}: means of {len(found['none16'])} seeds", columns, rows, width=150)
     all16, all8, mine = found["none16"], found["none8"], found["corrected"]

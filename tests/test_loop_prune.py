@@ -118,13 +118,13 @@ class Run(NamedTuple):
 def run(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Trains a run of that name, and watches what it is trained on."""
     steps: list[list[Group]] = []
-    figures = reroll.loop.rollout_metrics
+    figures = reroll.loop.figures.rollout_metrics
 
     def watched(collected: Collected) -> dict[str, float]:
         steps.append(collected.groups)
         return figures(collected)
 
-    monkeypatch.setattr(reroll.loop, "rollout_metrics", watched)
+    monkeypatch.setattr(reroll.loop.figures, "rollout_metrics", watched)
 
     def run_(name: str = "run", **changes: Any) -> Run:
         steps.clear()
@@ -368,6 +368,16 @@ def test_with_reuse_pruned_rollouts_are_drafts_and_whole_ones_are_not_probed(
     assert ended > 20
     assert all(line["drafted"] == 1 for line in found.lines[1:])
     assert sum(line["tokens_reused"] for line in found.lines) > 100
+
+
+def test_the_timeline_shows_what_was_stopped(run: Callable[..., Run]) -> None:
+    done = run("timeline", **BOLD, log__timeline=9)
+    batches = [json.loads(x) for x in (done.path / "timeline.jsonl").read_text().splitlines()]
+    shown = [sum(what == "pruned" for *_, what in batch["spans"]) for batch in batches]
+    pruned = [sum(step == i for step, _ in done.pruned()) for i in range(1, len(batches) + 1)]
+    # one that ended when it was read never had a slot
+    assert all(a <= b for a, b in zip(shown, pruned, strict=True))
+    assert sum(shown) > sum(pruned) / 2 > 0
 
 
 def test_the_paper_and_the_controls_train(run: Callable[..., Run]) -> None:

@@ -5,7 +5,8 @@ A timeline is a list of batches, one a line in `timeline.jsonl`:
     {"update": 3, "capacity": 8, "spans": [[12.5, 17.25, "finished"], ...]}
 
 `spans` are stays in a slot, in seconds from the beginning, each with what became of it: "finished"
-(ended by itself, to be trained on), "kept" (interrupted, resumed later) or "dropped" (lost).
+(ended by itself, to be trained on), "kept" (interrupted, resumed later), "pruned" (left out by a
+rule, on its way or after its end) or "dropped" (lost).
 Simulated and real runs write the same.
 """
 
@@ -27,6 +28,7 @@ from reroll.rollout.unit import State
 OUTCOMES = {
     "finished": ("finished, trained on", "#4477aa"),
     "kept": ("interrupted, resumed later", "#ddaa33"),
+    "pruned": ("pruned", "#aa3377"),
     "dropped": ("dropped", "#cc6677"),
 }
 """label and colour of what became of a stay"""
@@ -45,9 +47,11 @@ def batch_of(
 
     begin: the second of engine time that counts as 0.
     """
-    finished = {r.completion.request_id for group in collected.groups for r in group.rollouts}
-    kept: set[int] = set()
+    groups, kept = collected.groups, set[int]()
+    finished = {r.completion.request_id for group in groups for r in group.rollouts}
+    pruned = {r.completion.request_id for group in groups for r in group.pruned}
     for unit in (*buffer.ready, *buffer.flying.values()):
+        pruned |= {member.request.id for member in unit.pruned}
         for member in unit.members:
             if member.state is State.DONE:
                 finished.add(member.request.id)
@@ -57,7 +61,9 @@ def batch_of(
     def outcome(request_id: int) -> str:
         if request_id in finished:
             return "finished"
-        return "kept" if request_id in kept else "dropped"
+        if request_id in kept:
+            return "kept"
+        return "pruned" if request_id in pruned else "dropped"
 
     stays = [[span.begin - begin, span.end - begin, outcome(span.request_id)] for span in spans]
     return {"update": update, "capacity": buffer.slots, "spans": stays}
