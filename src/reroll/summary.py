@@ -121,14 +121,14 @@ def _reuse_table(steps: list[dict[str, Any]]) -> Table:
 def _prune_table(steps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Table:
     """What pruning earns against its rivals, tried on the groups that were left whole."""
     groups = sum(r["whole_groups"] for r in steps)
-    title = f"A group, each way tried on {groups:.0f} whole ones (seconds at this run's costs)"
+    title = f"Tokens of a group, each way tried on {groups:.0f} whole ones, at this run's costs"
     table = Table(title=title, title_justify="left")
-    for name in ("", "tokens drawn", "trained on", "seconds", "with signal", "variance of rewards"):
+    for name in ("", "drawn", "trained", "seconds", "with signal", "variance"):
         table.add_column(name, justify="right" if name else "left")
     names = {
-        "all": "all rollouts",
+        "all": "all",
         "fewer": "fewer started",
-        "pods": "chosen after the end",
+        "pods": "chosen at the end",
         "pruned": "pruned",
     }
     for row in rows:
