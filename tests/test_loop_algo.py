@@ -160,13 +160,13 @@ def test_two_steps_of_each_algorithm(name: str, project: Project) -> None:
 def test_the_epoch_of_a_batch_is_that_of_its_earliest_prompt(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visits, samples = [], reroll.loop.samples
+    visits, samples = [], reroll.loop.figures.samples
 
     def watched(step: int, groups: Sequence[Group], count: int) -> Any:
         visits.append({r.visit for group in groups for r in group.rollouts})
         return samples(step, groups, count)
 
-    monkeypatch.setattr(reroll.loop, "samples", watched)
+    monkeypatch.setattr(reroll.loop.figures, "samples", watched)
     changes = LONG | {"schedule__kind": "sorted", "correct__mode": "tis", "train__steps": 8}
     run = train(project.config(**SHORT | changes)).path
     assert [line["epoch"] for line in lines_of(run)] == [min(some) for some in visits]

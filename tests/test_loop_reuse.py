@@ -93,13 +93,13 @@ Train = Callable[..., Run]
 def run(project: Project, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Trains a run of that name, from the first step on, and watches what it is trained on."""
     steps: list[list[Rollout]] = []
-    figures = reroll.loop.rollout_metrics
+    figures = reroll.loop.figures.rollout_metrics
 
     def watched(collected: Collected) -> dict[str, float]:
         steps.append([rollout for group in collected.groups for rollout in group.rollouts])
         return figures(collected)
 
-    monkeypatch.setattr(reroll.loop, "rollout_metrics", watched)
+    monkeypatch.setattr(reroll.loop.figures, "rollout_metrics", watched)
 
     def run_(name: str, **changes: Any) -> Run:
         steps.clear()
