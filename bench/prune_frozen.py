@@ -23,9 +23,9 @@ from reroll.engine.base import Probed
 from reroll.order import stream
 from reroll.rollout.collect import collect
 from reroll.rollout.collected import CollectSpec
-from reroll.rollout.decisions import Decisions, Earned
+from reroll.rollout.decisions import Decisions, StopsNone
 from reroll.rollout.signal import Signal, features
-from reroll.rollout.unit import Member, Unit
+from reroll.rollout.unit import Member
 from reroll.rundir import RunDir
 from reroll.setup import Parts as RunParts
 from reroll.setup import prepare
@@ -62,8 +62,8 @@ FEW = ("random", "paper", "corrected")
 
 
 @dataclass
-class Recorder:
-    """Sees every rollout at every place, and stops none (`decisions.Pruning`)."""
+class Recorder(StopsNone):
+    """Sees every rollout at every place,."""
 
     ends: frozenset[int]
     seen: dict[tuple[int, int], dict[int, Probed]] = field(default_factory=dict)
@@ -76,24 +76,6 @@ class Recorder:
         """One came to a place."""
         key = member.rollout.prompt.row, member.rollout.sample
         self.seen.setdefault(key, {})[probed.position] = probed
-
-    def ended(self, member: Member) -> None:
-        """Nothing to do."""
-
-    def due(self, unit: Unit) -> bool:
-        """Never."""
-        return False
-
-    def decide(self, unit: Unit, earned: Earned) -> list[Member]:
-        """Nobody is left out."""
-        return []
-
-    def more(self, unit: Unit, stopped: int) -> int:
-        """No more."""
-        return 0
-
-    def learn(self, units: Sequence[Unit]) -> None:
-        """Nothing."""
 
 
 def measure_frozen(policy: str, seed: int, quick: bool) -> dict[str, Any]:

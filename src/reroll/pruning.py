@@ -13,8 +13,9 @@ from statistics import fmean
 from typing import Any
 
 from reroll.algo.survive import widest
-from reroll.algo.thinned import Look, estimates
+from reroll.algo.thinned import estimates
 from reroll.rollout.prune import Pruner
+from reroll.train.credit import looks_of
 from reroll.types import Finish, Group
 
 ARMS = ("all", "fewer", "pods", "pruned")
@@ -27,10 +28,7 @@ def expected_rewards(group: Group) -> list[float]:
     """An unbiased estimate of each started rollout's expected reward (`algo/thinned.py`); the
     rewards themselves where nothing was thinned out. Ungraded ones are left out."""
     every = [*group.rollouts, *group.pruned]
-    looks = [
-        [Look(x.position, x.probability, x.survival, x.kept, x.ended) for x in rollout.looks]
-        for rollout in every
-    ]
+    looks = [looks_of(rollout) for rollout in every]
     known = [*(r.reward for r in group.rollouts), *[None] * len(group.pruned)]
     return [x for x in estimates(looks, known) if not math.isnan(x)]
 

@@ -73,6 +73,28 @@ class Pruning(Protocol):
         ...
 
 
+class StopsNone:
+    """The part of `Pruning` that decides, for what only looks."""
+
+    def ended(self, member: Member) -> None:
+        """Nothing to do."""
+
+    def due(self, unit: Unit) -> bool:
+        """Never."""
+        return False
+
+    def decide(self, unit: Unit, earned: Earned) -> list[Member]:
+        """Nobody is left out."""
+        return []
+
+    def more(self, unit: Unit, stopped: int) -> int:
+        """No more."""
+        return 0
+
+    def learn(self, units: Sequence[Unit]) -> None:
+        """Nothing."""
+
+
 def start_plainly(prompt: Prompt, visit: int, samples: int) -> list[Start]:
     """The null decision: noise of this visit, no drafts."""
     return [Start(visit)] * samples

@@ -15,6 +15,7 @@ import numpy as np
 from reroll.algo.calibrate import Bins
 from reroll.algo.separation import WithinAuc, calibration_error
 from reroll.config import PruneSection
+from reroll.engine.watch import LAST
 from reroll.errors import UserError
 from reroll.rollout.decisions import Earned
 from reroll.rollout.lengths import represents
@@ -22,8 +23,6 @@ from reroll.rollout.signal import Signal
 from reroll.rollout.unit import Member, State, Unit
 from reroll.types import Rollout
 
-LAST = -1
-"""the place of what was seen of a rollout at its end"""
 FADE = 0.9
 """what a batch counts one batch later, in calibrators and areas"""
 HEAVIEST = 10.0

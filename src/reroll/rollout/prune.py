@@ -24,9 +24,10 @@ from reroll.algo.noise import share
 from reroll.algo.survive import balanced, systematic, tilt, widest
 from reroll.config import PruneSection
 from reroll.engine.base import Probed
+from reroll.engine.watch import LAST
 from reroll.rollout.decisions import Earned
 from reroll.rollout.lengths import Lengths
-from reroll.rollout.predict import LAST, Predictor
+from reroll.rollout.predict import Predictor
 from reroll.rollout.signal import features
 from reroll.rollout.unit import Member, State, Unit
 from reroll.types import Finish, Look, Watch

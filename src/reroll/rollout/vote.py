@@ -10,15 +10,15 @@ import numpy as np
 
 from reroll.config import PruneSection
 from reroll.engine.base import Probed
-from reroll.rollout.decisions import Earned
+from reroll.rollout.decisions import StopsNone
 from reroll.rollout.predict import Predictor
 from reroll.rollout.signal import features
-from reroll.rollout.unit import Member, Unit
+from reroll.rollout.unit import Member
 from reroll.types import Rollout, Watch
 
 
-class Voter:
-    """Looks at every rollout of a collect when it ends, and stops none (`decisions.Pruning`)."""
+class Voter(StopsNone):
+    """Looks at every rollout of a collect when it ends,."""
 
     def __init__(
         self, config: PruneSection, predictor: Predictor, step_ids: frozenset[int]
@@ -36,24 +36,6 @@ class Voter:
         config, rollout = self.config, member.rollout
         read = features(config.signal, probed, self.step_ids, config.statistics)
         self._read[rollout.prompt.row, rollout.sample] = read
-
-    def ended(self, member: Member) -> None:
-        """Nothing to do."""
-
-    def due(self, unit: Unit) -> bool:
-        """Never."""
-        return False
-
-    def decide(self, unit: Unit, earned: Earned) -> list[Member]:
-        """Nobody is left out."""
-        return []
-
-    def more(self, unit: Unit, stopped: int) -> int:
-        """No more."""
-        return 0
-
-    def learn(self, units: Sequence[Unit]) -> None:
-        """Evaluations teach nothing."""
 
     def weights(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Calibrated chance of success of each, of the last collect."""

@@ -248,7 +248,7 @@ def _against_all_started(
     every = [*group.rollouts, *group.pruned]
     given = thinned.advantages(
         rule.algo.advantage,  # type: ignore[arg-type]
-        [_looks(rollout) for rollout in every],
+        [looks_of(rollout) for rollout in every],
         [known.get(id(rollout)) for rollout in every],
         rule.skip_equal,
     )
@@ -271,7 +271,7 @@ def _weigh(
             continue
         every = [*group.rollouts, *group.pruned]
         lengths = [len(r.completion.token_ids) for r in every]
-        given = thinned.weights([_looks(r) for r in every], lengths, where, prune.cap)
+        given = thinned.weights([looks_of(r) for r in every], lengths, where, prune.cap)
         by_rollout = {id(r): weights for r, weights in zip(every, given, strict=True)}
         for one in kept:
             one.inverse = torch.tensor(by_rollout[id(one.rollout)], dtype=torch.float64)
@@ -284,7 +284,8 @@ def _stands_for(one: Credit, rule: _Rule) -> float:
     return one.rollout.weight / math.prod(look.survival for look in spared)
 
 
-def _looks(rollout: Rollout) -> list[thinned.Look]:
+def looks_of(rollout: Rollout) -> list[thinned.Look]:
+    """The looks at a rollout, as the estimators take them."""
     return [
         thinned.Look(look.position, look.probability, look.survival, look.kept, look.ended)
         for look in rollout.looks
