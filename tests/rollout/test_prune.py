@@ -494,7 +494,7 @@ def test_both_probes_are_judged_at_once_if_all_are_beyond_the_second() -> None:
 def test_probes_by_share_of_the_running_mean_length() -> None:
     run = Pruned(tailed(3), batch=4, **but(RANDOM, when="share", at=[0.25, 0.5], keep=[0.9, 0.5]))
     watch = run.pruner.watch()
-    assert watch is not None and watch.at == (10, 20)  # of the limit, as long as nothing is known
+    assert watch is not None and watch.at == ()  # nowhere, as long as no length is known
     run.run(3)
     mean = run.pruner.lengths.mean
     assert 5 < mean < 20

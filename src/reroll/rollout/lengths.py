@@ -37,6 +37,11 @@ class Lengths:
         self._longer: np.ndarray | None = None
         """`[3, N]` lengths rising; from each on, how many there are, and their tokens"""
 
+    @property
+    def known(self) -> bool:
+        """Whether anything has ended yet."""
+        return bool(self._batches)
+
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """A batch of rollouts, those that were stopped among them."""
         ended = [

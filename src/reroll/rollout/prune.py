@@ -64,7 +64,7 @@ class Pruner:
         if not config.probes:
             return None
         counts: tuple[int, ...] = ()
-        if config.when == "share":
+        if config.when == "share" and self.lengths.known:  # at other places it would learn amiss
             counts = tuple(max(1, round(at * self.lengths.mean)) for at in config.at)
         elif config.when == "tokens":
             counts = tuple(round(at) for at in config.at)
