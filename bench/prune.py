@@ -1,15 +1,18 @@
 """Pruning 16 rollouts of a group to 8 while they run, against its honest rivals.
 
     none16, none8   16 and 8 rollouts of each prompt, nothing pruned
+    twice8          8 rollouts of each of twice as many prompts (`scarce`)
     random          8 of 16 at random, stopped at the same tokens
     pods            all 16 end, the 8 whose rewards differ most are trained on
     paper           pruned by the signal, survivors trained on as if they were all (ARRoL)
     corrected       the same survivors, all started ones in the baseline, inverse-chance weights
 
 Training: every arm takes the same steps from the demo policy, on chain sums of 5-9 terms, flat and
-on prefix trees, of 8-10 terms (`long`), and from a policy that is right one time in ten (`rare`).
+on prefix trees, of 8-10 terms (`long`), from a policy that is right one time in ten (`rare`), and
+from one that is right one time in fifteen, mostly by luck, with one prompt a step (`scarce`).
 The arms of a seed run by turns, a step each. Reward per second is the held-out gain per second of
-training steps (evaluations left out).
+training steps (evaluations left out), after equal steps; "equal seconds" compares two arms when the
+faster of them has ended.
 
 Frozen policies (the demo policy at the start and after 12 steps, and the rare one): what signals
 know at 8 to 32 tokens, what rules choose, and how the gradient of what is kept lies to that of all
@@ -26,12 +29,13 @@ from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from transformers.utils import logging
 
 from bench.common import Parts, arguments, interval, table
 from bench.prune_frozen import AT, measure_frozen, show_frozen
 from bench.prune_plots import draw
-from bench.prune_policy import rare_policy
+from bench.prune_policy import CAREFUL, rare_policy
 from bench.turns import side_by_side, yield_turn
 from reroll import loop
 from reroll.config import load_config
@@ -43,6 +47,7 @@ PAPER = PRUNED | {"prune.mode": "paper"}
 ARMS: dict[str, dict[str, str]] = {
     "none16": {},
     "none8": {"rollout.samples": "8"},
+    "twice8": {"rollout.samples": "8", "rollout.prompts": "2"},
     "random": {
         "prune.on": "true", "prune.mode": "paper", "prune.signal": "random",
         "prune.when": "tokens", "prune.at": "[8]",
@@ -53,7 +58,7 @@ ARMS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 FEW = ("none16", "none8", "corrected")
 SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-    "flat": (tuple(ARMS), {"train.trees": "false"}),
+    "flat": (tuple(a for a in ARMS if a != "twice8"), {"train.trees": "false"}),
     "rare": (("none16", "none8", "paper", "corrected"), {"train.trees": "false"}),
     "tree": (FEW, {"train.steps": "10"}),
     "long": (
@@ -61,6 +66,13 @@ SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         {
             "train.steps": "12", "train.trees": "false", "rollout.max_tokens": "256",
             "task.params": "{min_terms = 8, max_terms = 10, min_digits = 2, max_digits = 2}",
+        },
+    ),
+    "scarce": (
+        ("none16", "none8", "twice8", "corrected"),
+        {
+            "train.steps": "96", "train.trees": "false", "rollout.prompts": "1",
+            "eval.every": "16",
         },
     ),
 }  # fmt: skip
@@ -82,9 +94,13 @@ COUNTS = ("tokens_decode", "tokens_trained", "live_groups", "length", "reward", 
 KEYS = (
     "step_speedup", "step_speedup_ci", "generation_speedup", "tokens_decoded_ratio", "head_share",
     "reward_per_second_vs_n16", "reward_per_second_vs_n8", "held_out_vs_n16", "held_out_vs_n16_ci",
-    "step_speedup_n8",
+    "step_speedup_n8", "held_out_vs_n8_equal_seconds", "held_out_vs_n8_equal_seconds_ci",
 )  # fmt: skip
 """of the last line, of each setting"""
+SCARCE = (
+    "held_out_vs_n16_equal_seconds", "held_out_vs_n16_equal_seconds_ci",
+    "held_out_vs_twice8_equal_seconds", "held_out_vs_twice8_equal_seconds_ci",
+)  # fmt: skip
 DEMO = Path(str(resources.files("reroll"))) / "assets" / "demo.toml"
 
 
@@ -94,7 +110,7 @@ def run(setting: str, arm: str, seed: int, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = FULL | SETTINGS[setting][1] | (QUICK if quick else {}) | ARMS[arm]
         settings |= {"run.out": f"{folder}/run", "run.seed": str(seed)}
-        settings |= {"model.path": rare_policy()} if setting == "rare" else {}
+        settings |= {"model.path": rare_policy(setting)} if setting in CAREFUL else {}
         step = loop._Run._step
 
         def in_turn(self: loop._Run, number: int) -> None:
@@ -140,11 +156,27 @@ def ratio_of_means(one: list[dict[str, float]], other: list[dict[str, float]]) -
     return mine / theirs if theirs else 0.0
 
 
-def show(setting: str, found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def at_equal_seconds(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[float]:
+    """Held-out reward of `other` less that of `one`, seed by seed, when the faster has ended."""
+    differences = []
+    for runs in zip(one, other, strict=True):
+        found = [figures(run) for run in runs]
+        curves = [
+            [(step * f["seconds_step"], reward) for step, reward in run["held_out"]]
+            for run, f in zip(runs, found, strict=True)
+        ]
+        end = min(curve[-1][0] for curve in curves)
+        mine, theirs = (float(np.interp(end, *zip(*curve, strict=True))) for curve in curves)
+        differences.append(theirs - mine)
+    return differences
+
+
+def show(setting: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The table of a setting; its keys of the last line."""
     end, rows = "" if setting == "flat" else f"_{setting}", []
-    if not found:
-        return dict.fromkeys([f"{key}{end}" for key in KEYS])
+    if not runs:
+        return dict.fromkeys([f"{key}{end}" for key in KEYS + SCARCE * (setting == "scarce")])
+    found = {arm: [figures(run) for run in seeds] for arm, seeds in runs.items()}
     for arm, seeds in found.items():
         mean = {key: fmean(f[key] for f in seeds) for key in seeds[0]}
         gains = interval([f["gain"] for f in seeds])
@@ -171,6 +203,7 @@ def show(setting: str, found: dict[str, list[dict[str, float]]]) -> dict[str, An
     all16, all8, mine = found["none16"], found["none8"], found["corrected"]
     speedups = against(mine, all16, "seconds_step")
     drawn = against(all16, mine, "tokens_decode")
+    timed = at_equal_seconds(runs["none8"], runs["corrected"])
     differences = [b["after"] - a["after"] for a, b in zip(all16, mine, strict=True)]
     values = (
         fmean(speedups), interval(speedups),
@@ -178,12 +211,16 @@ def show(setting: str, found: dict[str, list[dict[str, float]]]) -> dict[str, An
         fmean(f["seconds_head"] / f["seconds_step"] for f in mine),
         ratio_of_means(mine, all16), ratio_of_means(mine, all8),
         fmean(differences), interval(differences),
-        fmean(against(all8, all16, "seconds_step")),
+        fmean(against(all8, all16, "seconds_step")), fmean(timed), interval(timed),
     )  # fmt: skip
     keys: dict[str, Any] = {f"{key}{end}": v for key, v in zip(KEYS, values, strict=True)}
     if setting == "flat":
         pods = found.get("pods")
         keys["step_speedup_pods"] = pods and fmean(against(pods, all16, "seconds_step"))
+    if setting == "scarce":
+        rivals = [at_equal_seconds(runs[a], runs["corrected"]) for a in ("none16", "twice8")]
+        values = [f(each) for each in rivals for f in (fmean, interval)]
+        keys |= {f"{key}{end}": v for key, v in zip(SCARCE, values, strict=True)}
     return keys
 
 
@@ -217,8 +254,7 @@ def main() -> None:
                 )
                 for arm, one in zip(arms, runs, strict=True):
                     detail["train"].setdefault(setting, {}).setdefault(arm, []).append(one)
-            measured = detail["train"].get(setting, {})
-            summary |= show(setting, {a: [figures(r) for r in one] for a, one in measured.items()})
+            summary |= show(setting, detail["train"].get(setting, {}))
     if args.part:
         return
     if not args.quick:

@@ -63,7 +63,7 @@ FEW = ("random", "paper", "corrected")
 
 @dataclass
 class Recorder(StopsNone):
-    """Sees every rollout at every place,."""
+    """Sees every rollout at every place."""
 
     ends: frozenset[int]
     seen: dict[tuple[int, int], dict[int, Probed]] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def measure_frozen(policy: str, seed: int, quick: bool) -> dict[str, Any]:
         settings = {
             "run.out": f"{folder}/run", "run.seed": str(seed), "log.display": "off",
             "task.seed": str(seed), "train.steps": "32",
-            "model.path": rare_policy() if policy == "rare" else "demo",
+            "model.path": rare_policy(policy) if policy == "rare" else "demo",
         }  # fmt: skip
         config = load_config(DEMO, settings)
         run = RunDir(config.run.out)

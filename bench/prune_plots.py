@@ -6,7 +6,7 @@ from typing import Any
 
 COLOURS = {
     "none16": "#222222", "none8": "#999999", "random": "#ccbb44", "pods": "#228833",
-    "paper": "#cc6677", "corrected": "#4477aa",
+    "paper": "#cc6677", "corrected": "#4477aa", "twice8": "#ee8866",
 }  # fmt: skip
 
 

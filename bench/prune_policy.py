@@ -1,4 +1,4 @@
-"""The demo policy with rarer successes: its careful style is taught down to one reply of fourteen.
+"""The demo policy with rarer successes: its careful style is taught down to a small share.
 
 Next-token prediction on the demo's own worked solutions, in other shares; about a minute on two
 cores, kept in bench/policies.
@@ -13,25 +13,29 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from reroll.model.load import model_folder
 
-FOLDER = Path(__file__).parent / "policies" / "rare"
-HABIT = {"guess": 0.50, "quick": 0.43, "steps": 0.07}
+FOLDER = Path(__file__).parent / "policies"
+CAREFUL = {"rare": 0.07, "scarce": 0.02}
+"""share of careful replies, the only ones that are right more often than by luck"""
 STEPS, BATCH, RATE, SEED = 160, 48, 3e-4, 77
 
 
-def rare_policy() -> str:
-    """The policy's folder; made when it is not there."""
-    if (FOLDER / "model.safetensors").exists():
-        return str(FOLDER)
+def rare_policy(name: str) -> str:
+    """The folder of the policy `rare` or `scarce`; made when it is not there."""
+    folder, careful = FOLDER / name, CAREFUL[name]
+    if (folder / "model.safetensors").exists():
+        return str(folder)
+    rest = 1 - careful
+    habit = {"guess": rest * 50 / 93, "quick": rest * 43 / 93, "steps": careful}
     sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
     import demo_policy
 
-    print("teaching the policy with rare successes (a minute)", flush=True)
+    print(f"teaching the policy with {name} successes (a minute)", flush=True)
     torch.manual_seed(SEED)
     source = model_folder("demo")
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98))
-    lessons = demo_policy.lessons(SEED, (5, 9), HABIT, tokenizer)
+    lessons = demo_policy.lessons(SEED, (5, 9), habit, tokenizer)
     batches = demo_policy.batches(BATCH, lessons, tokenizer)
     for step, (tokens, targets) in enumerate(itertools.islice(batches, STEPS)):
         logits = model(input_ids=tokens).logits
@@ -44,6 +48,6 @@ def rare_policy() -> str:
             group["lr"] = RATE * min(1.0, (step + 1) / 20, 1.4 * (1 - step / STEPS))
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(FOLDER)
-    tokenizer.save_pretrained(FOLDER)
-    return str(FOLDER)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
