@@ -41,7 +41,8 @@ from reroll import loop
 from reroll.config import load_config
 
 SEEDS = (0, 1, 2)
-FEWER_SEEDS = {"long": SEEDS[:2]}
+OTHER_SEEDS = {"long": SEEDS[:2], "scarce": range(6)}
+"""with one prompt a step, seeds differ more"""
 PRUNED = {"prune.on": "true", "prune.when": "tokens", "prune.at": "[8]", "prune.audit": "0.05"}
 PAPER = PRUNED | {"prune.mode": "paper"}
 ARMS: dict[str, dict[str, str]] = {
@@ -175,7 +176,8 @@ def show(setting: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The table of a setting; its keys of the last line."""
     end, rows = "" if setting == "flat" else f"_{setting}", []
     if not runs:
-        return dict.fromkeys([f"{key}{end}" for key in KEYS + SCARCE * (setting == "scarce")])
+        names = KEYS + SCARCE if setting == "scarce" else KEYS
+        return {_named(key, end): None for key in names}
     found = {arm: [figures(run) for run in seeds] for arm, seeds in runs.items()}
     for arm, seeds in found.items():
         mean = {key: fmean(f[key] for f in seeds) for key in seeds[0]}
@@ -213,15 +215,20 @@ def show(setting: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         fmean(differences), interval(differences),
         fmean(against(all8, all16, "seconds_step")), fmean(timed), interval(timed),
     )  # fmt: skip
-    keys: dict[str, Any] = {f"{key}{end}": v for key, v in zip(KEYS, values, strict=True)}
+    keys: dict[str, Any] = {_named(key, end): v for key, v in zip(KEYS, values, strict=True)}
     if setting == "flat":
         pods = found.get("pods")
         keys["step_speedup_pods"] = pods and fmean(against(pods, all16, "seconds_step"))
     if setting == "scarce":
         rivals = [at_equal_seconds(runs[a], runs["corrected"]) for a in ("none16", "twice8")]
         values = [f(each) for each in rivals for f in (fmean, interval)]
-        keys |= {f"{key}{end}": v for key, v in zip(SCARCE, values, strict=True)}
+        keys |= {_named(key, end): v for key, v in zip(SCARCE, values, strict=True)}
     return keys
+
+
+def _named(key: str, end: str) -> str:
+    """A key of one setting: its name stands before `_ci`."""
+    return f"{key.removesuffix('_ci')}{end}{'_ci' if key.endswith('_ci') else ''}"
 
 
 def main() -> None:
@@ -245,7 +252,7 @@ def main() -> None:
         for setting, (arms, _) in SETTINGS.items():
             arms = QUICK_ARMS if args.quick else arms
             skipped = args.quick and setting != "flat"
-            for seed in () if skipped else FEWER_SEEDS.get(setting, seeds):
+            for seed in () if skipped else OTHER_SEEDS.get(setting, seeds):
                 runs = parts.measure(
                     f"{setting}/{seed}",
                     lambda n=setting, a=arms, s=seed: side_by_side(
