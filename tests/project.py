@@ -29,6 +29,11 @@ def share(prompt, completion, answer, **columns):
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
 
 
+def three(prompt, completion, answer, **columns):
+    """A rare success that the beginning of another one makes likely."""
+    return float(sum(character.isdigit() for character in completion) >= 3)
+
+
 def dull(prompt, completion, answer, **columns):
     return 0.5
 

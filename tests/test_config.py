@@ -36,7 +36,8 @@ MISTAKES = {
     ),
     "key of several other sections": (
         "[rollout]\nlearning_rate = 1",
-        r"rollout\.learning_rate: unknown setting; did you mean (train|critic)\.learning_rate\?",
+        r"rollout\.learning_rate: unknown setting; did you mean (train|critic|sft)\."
+        r"learning_rate\?",
     ),
     "nothing near": (
         "[qqq]\nzzz = 1",
@@ -407,6 +408,42 @@ PRUNE = {
     "prune.low": "-1",
     "prune.high": "2",
 }
+COLLECT = {
+    "collect.screen": "16",
+    "collect.cap": "64",
+    "collect.wave": "4",
+    "collect.problems": "100",
+    "prefix.on": "true",
+    "prefix.traces": "traces.sqlite",
+    "prefix.cut": "step",
+    "prefix.low": "0.2",
+    "prefix.high": "0.7",
+    "prefix.per_trace": "2",
+    "prefix.boundary": ";",
+    "prefix.guard": "false",
+    "prefix.least": "4",
+    "prefix.most": "500",
+    "prefix.prefixed": "2",
+    "prefix.original": "3",
+    "prefix.easy": "3",
+    "prefix.mode": "on_failure",
+    "prefix.retire": "0.8",
+    "prefix.refresh": "true",
+    "prefix.ladder": "[0.0, 0.5]",
+    "prefix.ladder_problems": "8",
+    "sft.epochs": "2",
+    "sft.batch": "8",
+    "sft.learning_rate": "1e-5",
+    "sft.warmup": "3",
+    "sft.weight_decay": "0.1",
+}
+STEER = {
+    "prefix.on": "true",
+    "prefix.cut": "target",
+    "prefix.success": "0.4",
+    "prefix.gain": "0.2",
+}
+FALL = {"prefix.on": "true", "prefix.cut": "schedule", "prefix.until": "0.5"}
 PAPER = {
     "prune.on": "true",
     "prune.mode": "paper",
@@ -418,7 +455,8 @@ PAPER = {
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
     configs = [load_config(write(tmp_path, EVERYTHING))]
-    configs += [load_config(None, flags) for flags in (THE_REST, CUT, RACE, STAGGER, PRUNE, PAPER)]
+    flags = (THE_REST, CUT, RACE, STAGGER, PRUNE, PAPER, COLLECT, STEER, FALL)
+    configs += [load_config(None, one) for one in flags]
     changed = {line.partition(":")[0] for c in configs for line in differences(Config(), c)}
     assert changed == {key for key, _ in settings(Config())}
     for each in (*configs, Config()):

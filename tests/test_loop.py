@@ -94,6 +94,7 @@ def test_a_run_writes_what_it_promises(
     expected = {
         "kind", "step", "epoch", "version", "reward", "reward_digits:share", "length", "length_max",
         "truncated", "stopped", "ungraded", "entropy", "loss", "grad_norm", "clip_fraction",
+        "flops_total", "flops_total_paper",
         "approx_kl", "skipped_steps", "live_groups", "small_groups", "offpolicy_tokens",
         "tokens_trained", "tree_tokens_ratio", "learning_rate",
         "seconds_rollout", "tokens_per_second", "goodput", "bubble", "waste", "reprefill",
@@ -668,6 +669,6 @@ def test_log_probs_that_disagree_are_told(
     assert "log-probs differ" not in capsys.readouterr().out
     (line,) = [r for r in records(project.out / "right") if r["kind"] == "train"]
     assert 0 <= line["logprob_difference_mean"] <= line["logprob_difference_max"] < 1e-4
-    monkeypatch.setattr(reroll.loop, "LOGPROB_BOUNDS", {"float": -1.0, "bfloat16": -1.0})
+    monkeypatch.setattr(reroll.figures, "LOGPROB_BOUNDS", {"float": -1.0, "bfloat16": -1.0})
     assert main(project.train("told", **checked)) == 0
     assert "step 1: sampling and training log-probs differ by" in capsys.readouterr().out

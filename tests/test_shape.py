@@ -22,7 +22,8 @@ LAYERS = [
     {
         "audit", "figures", "ledger", "rundir", "order", "interrupt", "log", "plot", "evaluate",
         "setup", "scheduling", "occupancy", "simulate", "comparison", "timeline", "workload",
-        "summary", "pruning", "helptext", "loop", "cli", "__main__",
+        "summary", "pruning", "helptext", "loop", "cli", "__main__", "arguments", "notes",
+        "collection", "gathering", "imports", "prefixes", "ladder", "warmstart",
     },
 ]  # fmt: skip
 """from low to high; a module imports from its own part and from lower layers"""
@@ -76,6 +77,7 @@ ONLY_TYPES = {
     "reroll.config.check": {"reroll.config.load"},
     "reroll.config.check_schedule": {"reroll.config.load"},
     "reroll.config.check_prune": {"reroll.config.load"},
+    "reroll.config.check_prefix": {"reroll.config.load"},
 }
 """modules imported for their types alone: the whole configuration, which calls its checks"""
 

@@ -1,4 +1,4 @@
-"""The command line: `reroll demo | train | eval | simulate`."""
+"""The command line: `reroll demo | train | eval | collect | simulate`."""
 
 import argparse
 import json
@@ -10,12 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from reroll import __version__
-from reroll.config import ALGORITHMS, Config, Section, describe, load_config
+from reroll.arguments import make_parser
+from reroll.config import Config, load_config
 from reroll.config.load import load_settings
 from reroll.config.simulate import SimulateConfig
 from reroll.errors import UserError
-from reroll.helptext import DEMO, EVAL, SIMULATE, TRAIN
 
 MOST_SLOTS = 2000
 """that a timeline is drawn of"""
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = _parser()
+    parser = make_parser()
     words, flags = split_settings(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args(words)
     try:
@@ -39,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = parse_overrides([*flags, *rest])
         if args.command == "demo":
             return _train(load_config(_demo_config(), {"run.out": args.out, **overrides}))
+        if args.command == "collect":
+            return _collect(args, overrides)
         if args.command == "train":
             return _train(load_config(args.config, overrides))
         return _evaluate(args, overrides)
@@ -96,6 +97,17 @@ def _train(config: Config) -> int:
         print(f"reroll: {error}; the state is saved in {config.run.out}", file=sys.stderr)
         return 1
     print_summary(run)
+    return 0
+
+
+def _collect(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    from transformers.utils import logging
+
+    from reroll.gathering import collect_traces
+
+    logging.disable_progress_bar()
+    config = load_config(args.config, {"prefix.on": "true", **overrides, "prefix.traces": args.out})
+    print(json.dumps(collect_traces(config, args.probe, args.texts, args.run)))
     return 0
 
 
@@ -183,86 +195,6 @@ def _simulate(args: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 def _demo_config() -> str:
     return str(resources.files("reroll") / "assets" / "demo.toml")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="reroll",
-        description="Reinforcement learning with verifiable rewards, rollouts made cheap.",
-    )
-    parser.add_argument("--version", action="version", version=f"reroll {__version__}")
-    names = "demo | train | eval | simulate"
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
-    for name, short, text in (
-        ("demo", "train the packaged policy on this machine and see its reward rise", DEMO),
-        ("train", "train a policy from a TOML file, or go on with a run", TRAIN),
-        ("eval", "held-out reward, pass@k and maj@k of a run or a model", EVAL),
-        ("simulate", "compare schedules on simulated machines, without a model", SIMULATE),
-    ):
-        command = commands.add_parser(
-            name,
-            help=short,
-            description=text,
-            epilog=_simulate_settings() if name == "simulate" else _settings(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if name == "demo":
-            command.add_argument(
-                "--out", default="runs/demo", help="run directory (default: runs/demo)"
-            )
-        elif name == "train":
-            command.add_argument("config", metavar="CONFIG", help="TOML file")
-        elif name == "simulate":
-            _simulate_arguments(command)
-        else:
-            command.add_argument("target", metavar="TARGET", help="run directory or TOML file")
-            command.add_argument(
-                "--step", type=int, help="checkpoint to evaluate (default: the newest)"
-            )
-            command.add_argument(
-                "--vote",
-                choices=("majority", "confidence", "quality"),
-                default="majority",
-                help="beside the majority of the answers, their vote weighted by what a run that "
-                "prunes by this signal has learnt (default: majority alone)",
-            )
-    return parser
-
-
-def _simulate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file (default: none)")
-    command.add_argument("--out", metavar="PNG", help="draw the share of slots in use over time")
-    command.add_argument(
-        "--timeline", metavar="PNG", help="draw what ran in each slot; a picture a schedule"
-    )
-    command.add_argument("--json", action="store_true", help="last line: one JSON object")
-    for key in SimulateConfig.model_fields:  # listed below with what they mean
-        command.add_argument(f"--{key}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-
-def _settings() -> str:
-    lines = [
-        "settings (--section.key value; in the file: [section] key = value):",
-        *_listed(Config),
-    ]
-    lines.append("what algo.name fills in where [algo] leaves a setting out:")
-    for name, filled in ALGORITHMS.items():
-        lines.append(f"  {name}: " + ", ".join(f"{k} = {v}" for k, v in filled.items()))
-    return "\n".join(lines)
-
-
-def _simulate_settings() -> str:
-    return "\n".join(
-        ["settings (--key value; in the file: key = value):", *_listed(SimulateConfig)]
-    )
-
-
-def _listed(kind: type[Section]) -> list[str]:
-    return [
-        f"  --{key} {type_} (default {default})\n        {text}"
-        for key, type_, default, text in describe(kind)
-    ]
 
 
 if __name__ == "__main__":

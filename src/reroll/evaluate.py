@@ -84,7 +84,7 @@ def _statistics(
         metrics |= _with_interval(f"vote@{samples} - maj@{samples}", gains)
     truncated = fmean(r.completion.finish is Finish.LENGTH for r in rollouts)
     return metrics | {
-        "length": fmean(len(r.completion.token_ids) for r in rollouts),
+        "length": fmean(r.drawn for r in rollouts),
         "truncated": truncated,
         "ungraded": float(sum(r.reward is None for r in rollouts)),
         "problems": float(len(groups)),

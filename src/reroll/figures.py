@@ -1,15 +1,19 @@
 """A step's figures from what was collected; docs/glossary.md has each name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean
 from typing import Any
 
+from reroll.config import Config
 from reroll.engine.base import Stats
 from reroll.pruning import expected_rewards
 from reroll.rollout.collected import Collected
 from reroll.train.credit import graded
 from reroll.types import Finish, Group, Rollout
+
+LOGPROB_BOUNDS = {"float": 1e-3, "bfloat16": 0.05}
+"""mean |sampling - recomputed log-prob| above which `train.check_logprobs` warns, in nats"""
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
@@ -36,7 +40,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
 def _mean_length(rollouts: Sequence[Rollout]) -> float:
     """Of all that were started: one that was spared by lot stands for those that were not."""
     counts = [1 / math.prod(look.survival for look in r.looks) for r in rollouts]
-    tokens = (n * len(r.completion.token_ids) for n, r in zip(counts, rollouts, strict=True))
+    tokens = (n * r.drawn for n, r in zip(counts, rollouts, strict=True))
     return sum(tokens) / sum(counts)
 
 
@@ -62,13 +66,24 @@ def speculation_metrics(before: Stats, after: Stats) -> dict[str, float]:
 def graded_tokens(collected: Collected) -> int:
     """Tokens of the rollouts that the graders were given, those left out after it among them."""
     every = [r for group in collected.groups for r in (*group.rollouts, *group.pruned)]
-    ended = (r.completion for r in every if r.completion.finish is not Finish.ABORT)
-    return sum(len(completion.token_ids) for completion in ended) - collected.tokens_known
+    ended = (r for r in every if r.completion.finish is not Finish.ABORT)
+    return sum(r.drawn for r in ended) - collected.tokens_known
+
+
+def tokens_read(groups: Sequence[Group], live: Collection[int]) -> tuple[float, float]:
+    """Tokens of all rollouts, prompts and prefixes included, and of those trained on.
+
+    live: ids of the latter.
+    """
+    every = [r for group in groups for r in (*group.rollouts, *group.pruned)]
+    sizes = [len(r.prompt.token_ids) + len(r.completion.token_ids) for r in every]
+    trained = (n for n, r in zip(sizes, every, strict=True) if id(r) in live)
+    return float(sum(sizes)), float(sum(trained))
 
 
 def lengths(groups: Sequence[Group]) -> list[int]:
-    """Completion tokens of each rollout."""
-    return [len(r.completion.token_ids) for group in groups for r in group.rollouts]
+    """Tokens drawn for each rollout."""
+    return [r.drawn for group in groups for r in group.rollouts]
 
 
 def samples(step: int, groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
@@ -85,3 +100,27 @@ def samples(step: int, groups: Sequence[Group], count: int) -> list[dict[str, An
         }
         for group in groups[:count]
     ]
+
+
+def warnings(
+    config: Config, metrics: dict[str, Any], collected: Collected, rounds: bool
+) -> list[str]:
+    """What a user should know of a step. rounds: whether forwards are in bfloat16."""
+    said = []
+    if collected.ungraded:
+        first = collected.first_failure.strip().splitlines()[-1]
+        said.append(f"{collected.ungraded} rollouts left ungraded ({first})")
+    if metrics["skipped_steps"]:
+        said.append("loss or gradient not finite, optimizer step skipped")
+    if (short := config.rollout.prompts - metrics.get("groups_trained", math.inf)) > 0:
+        said.append(
+            f"{short:.0f} groups short of rollout.prompts: no more with signal within "
+            f"algo.generation_bound = {config.algo.generation_bound}"
+        )
+    bound = LOGPROB_BOUNDS["bfloat16" if rounds else "float"]
+    if (off := metrics.get("logprob_difference_mean", 0.0)) > bound:
+        said.append(
+            f"sampling and training log-probs differ by {off:.2g} nats on average (more than "
+            f"{bound})"
+        )
+    return said

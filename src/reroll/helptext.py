@@ -25,6 +25,17 @@ configuration file. The last line is one JSON object.
   reroll eval runs/prune --vote confidence --eval.samples 16
   reroll eval recipes/chain_sum.toml --task.eval_size 500"""
 
+COLLECT = """\
+Sample every training problem until it is solved once, or given up. Those that take more than
+collect.screen attempts are hard ones, and how they were solved (the traces) is where training with
+prefix.on starts from. Says what that cost, and whether starting from a prefix can pay at all: how
+many groups of rollouts have unequal rewards with a prefix and without. Starting again with the same
+command goes on where it stopped. The last line is one JSON object.
+
+  reroll collect recipes/prefix.toml --out traces.sqlite
+  reroll collect recipes/prefix.toml --collect.screen 64 --collect.cap 512
+  reroll train recipes/prefix.toml --prefix.traces traces.sqlite"""
+
 SIMULATE = """\
 Compare schedules before renting the machines: the collector of a run on an engine without a model,
 which only counts what ticks cost and how long replies are. Times are a roofline's (no schedule

@@ -12,7 +12,7 @@ counts like the policy. What rollouts share, where it is run once, counts once.
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from reroll.engine.base import Stats
 from reroll.model.flops import CostModel
@@ -28,6 +28,11 @@ class Ledger:
     tokens: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
     flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    collected: float = 0.0
+    """FLOPs that traces had cost before the first step"""
+    paper: float = 0.0
+    """FLOPs as papers count them: 2 a parameter and token sampled, 6 more where it is trained on,
+    prompt and prefix included, nothing for attention, nothing off for what is cached"""
 
     def add_engine(self, before: Stats, after: Stats, cost: CostModel) -> None:
         """Book what the engine did between two copies of its counters.
@@ -59,15 +64,28 @@ class Ledger:
             self.flops[category] += passes * cost.flops(layout.nodes, layout.context)
         self.seconds[category] += seconds
 
+    def add_collection(self, spent: dict[str, float]) -> None:
+        """Book what traces have cost (`rollout/traces.py`)."""
+        self.collected += spent.get("flops", 0.0)
+        self.paper += spent.get("flops_paper", 0.0)
+
+    def add_paper(self, sampled: float, trained: float, cost: CostModel) -> None:
+        """Book tokens sampled and trained on, prompts and prefixes included, as papers do."""
+        self.paper += cost.per_token * (sampled + 3 * trained)
+
+    def totals(self) -> dict[str, float]:
+        """FLOPs since the first token, those of collecting included, in both views."""
+        total = self.collected + sum(self.flops.values())
+        return {"flops_total": total, "flops_total_paper": self.paper}
+
     def since(self, earlier: "Ledger") -> "Ledger":
         """What was booked after `earlier`, a copy of this ledger."""
         parts = (("tokens", self.tokens), ("flops", self.flops), ("seconds", self.seconds))
-        return Ledger(
-            **{
-                name: {c: now[c] - getattr(earlier, name)[c] for c in CATEGORIES}
-                for name, now in parts
-            }
-        )
+        found = Ledger()
+        for name, now in parts:
+            before = getattr(earlier, name)
+            setattr(found, name, {c: now[c] - before[c] for c in CATEGORIES})
+        return found
 
     def copy(self) -> "Ledger":
         """An independent copy."""
@@ -75,4 +93,5 @@ class Ledger:
 
     def metrics(self) -> dict[str, float]:
         """Flat `tokens_*`, `flops_*`, `seconds_*` with a value for each category."""
-        return {f"{kind}_{c}": v for kind, sums in asdict(self).items() for c, v in sums.items()}
+        kinds = ("tokens", "flops", "seconds")
+        return {f"{kind}_{c}": v for kind in kinds for c, v in getattr(self, kind).items()}

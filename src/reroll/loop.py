@@ -7,7 +7,6 @@ and the step number, so a run killed at any moment and started again from its la
 the run that was not killed.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,26 +17,29 @@ from reroll import figures
 from reroll.audit import Audit, gap_warning
 from reroll.config import Config, settings
 from reroll.evaluate import evaluate
+from reroll.gathering import collect_first
 from reroll.interrupt import Interrupts
+from reroll.ladder import climb
 from reroll.ledger import Ledger
 from reroll.log import Display, Tracker, open_trackers
+from reroll.notes import resumed_notes
 from reroll.occupancy import schedule_metrics
 from reroll.plot import plot_run
+from reroll.prefixes import make_source, take_outcomes
 from reroll.pruning import prune_metrics
-from reroll.rollout.collected import Collected, CollectSpec, check_failures
+from reroll.rollout.collected import Collected, check_failures
 from reroll.rollout.decisions import NOTHING
+from reroll.rollout.mix import Mix
 from reroll.rollout.reuse import Reuse
 from reroll.rollout.saved import restore, snapshot
 from reroll.rundir import RunDir
-from reroll.scheduling import apart, make_collector, make_pruner
+from reroll.scheduling import make_collector, make_pruner, make_spec
 from reroll.setup import Parts, open_reuse, prepare
 from reroll.timeline import batch_of
 from reroll.train import checkpoint
 from reroll.train.trainer import Diverged
-from reroll.types import Group, Purpose
-
-LOGPROB_BOUNDS = {"float": 1e-3, "bfloat16": 0.05}
-"""mean |sampling - recomputed log-prob| above which `train.check_logprobs` warns, in nats"""
+from reroll.types import Group
+from reroll.warmstart import warm_start
 
 
 def train(config: Config) -> RunDir:
@@ -48,6 +50,8 @@ def train(config: Config) -> RunDir:
     """
     run = RunDir(config.run.out)
     start = run.open(config)
+    if config.prefix.on and start is None and not config.prefix.traces:
+        collect_first(config)
     with prepare(config, run, start) as parts, open_reuse(config, run, start) as reuse:
         run.claim(config)
         display = Display(config.log.display, config.train.steps, start or 0)
@@ -85,21 +89,15 @@ class _Run:
         self.under_way: dict[str, Any] = {}
         """what the collector has after these steps"""
         self.head: dict[str, Any] = {}
-        """what pruning has learnt by then"""
+        """what pruning has learnt by then; likewise where the mix of prefixes stands"""
+        self.mixed: dict[str, Any] = {}
         self.held_out: float | None = None
         self.counted: dict[str, Any] = {}
         """the engine's counts after these steps and their evaluations"""
-        self.spec = CollectSpec(
-            Purpose.TRAIN,
-            config.run.seed,
-            config.rollout.samples,
-            replace(parts.sampling, temperature=config.rollout.temperature),
-            config.rollout.truncated,
-            config.rollout.penalty,
-            apart=apart(config),
-            held=config.schedule.held,
-        )
-        self.collector = make_collector(config, parts, self.spec, self.decisions)
+        self.spec = make_spec(config, parts)
+        self.source = make_source(config, parts.task, parts.start, parts.decode)
+        self.mix = self.source if isinstance(self.source, Mix) else None
+        self.collector = make_collector(config, parts, self.source, self.spec, self.decisions)
         self.audit = Audit(config, self.spec, self.reuse) if self.reuse else None
 
     def go(self, start: int | None) -> None:
@@ -107,6 +105,11 @@ class _Run:
         config = self.config
         self._greet(start)
         self.done, self.counted = start or 0, self.parts.engine.state()
+        if start is None and config.sft.epochs:
+            said = warm_start(config, self.parts, self.ledger, self.display.rollouts)
+            self.display.say(said)
+            self._snapshot()
+            self._save()
         self._snapshot()
         # an interrupt may have come between a step and its evaluation
         evaluated = {r["step"] for r in self.run.records() if r["kind"] == "eval"}
@@ -144,14 +147,15 @@ class _Run:
             state = self.parts.restored
             self.ledger = Ledger(**state["ledger"])
             self.held_out = state["held_out_reward"]
-            restore(self.collector, state["under_way"], self.parts.task.train)
+            if self.mix is not None:
+                self.mix.load_state(state["mix"])
+            restore(self.collector, state["under_way"], self.source.find)
             self.parts.engine.load_state(state["engine"])
             self.display.say(f"going on from step {start} of {self.run.path}")
-            if self.reuse is not None:
-                held = self.reuse.store.stats()
-                self.display.say(
-                    f"reuse: {held['rollouts']:,} past rollouts, {held['bytes'] / 1e6:.1f} MB"
-                )
+            for note in resumed_notes(self.reuse):
+                self.display.say(note)
+        elif self.parts.start is not None:
+            self.ledger.add_collection(self.parts.start.spent)
 
     def _step(self, step: int) -> None:
         """One batch of rollouts and its optimizer steps; a line in metrics.jsonl."""
@@ -173,6 +177,8 @@ class _Run:
             metrics |= figures.speculation_metrics(stats, parts.engine.stats())
         if self.pruner is not None:
             metrics |= prune_metrics(collected.groups, self.pruner)
+        if self.mix is not None:
+            metrics |= take_outcomes(self.mix, collected.groups, parts.decode)
         if self.audit is not None and self.audit.due(step) and metrics["drafted"] > 0:
             self.collector.park()  # audits want the engine for themselves
             metrics |= self.audit.take(parts, collected.groups, step)
@@ -181,7 +187,7 @@ class _Run:
             ledger.add_engine(stats, parts.engine.stats(), parts.cost)
             ledger.tokens["grade"] += figures.graded_tokens(collected)
             ledger.seconds["grade"] += collected.seconds_grading
-            metrics |= ledger.since(before).metrics()
+            metrics |= ledger.since(before).metrics() | ledger.totals()
             if self.config.algo.dynamic_sampling:
                 metrics |= figures.refill_metrics(collected, groups)
             # the earliest of the batch: prompts may have been taken in long before
@@ -203,6 +209,7 @@ class _Run:
         """What is under way, and what pruning has learnt, after the steps that are done."""
         self.under_way = snapshot(self.collector.buffer)
         self.head = self.pruner.state() if self.pruner else {}
+        self.mixed = self.mix.state() if self.mix else {}
 
     def _train(self, groups: list[Group], step: int, collected: Collected) -> dict[str, float]:
         """Credit and optimizer steps; the store gets what was collected."""
@@ -214,9 +221,10 @@ class _Run:
         trained = trainer.step(credited)
         ledger.add_forwards("train", trainer.take_work(), time.perf_counter() - started, parts.cost)
         started = time.perf_counter()
+        live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
+        ledger.add_paper(*figures.tokens_read(collected.groups, live), parts.cost)
         if self.past is not None:
-            live = {id(c.rollout) for group in credited for c in group if c.carries_gradient()}
-            begun = {unit.prompt.row for unit in self.collector.buffer.units()}
+            begun = {unit.prompt.identity for unit in self.collector.buffer.units()}
             self.past.remember(collected.groups, step, parts.engine.policy_version, live, begun)
         parts.engine.load_weights(trainer.version, keep=self.config.schedule.keep_cache)
         ledger.seconds["sync"] += time.perf_counter() - started
@@ -226,27 +234,15 @@ class _Run:
         for tracker in self.trackers:
             tracker({f"train/{k}": v for k, v in metrics.items()}, step)
         self.display.step(step, metrics)
-        if collected.ungraded:
-            first = collected.first_failure.strip().splitlines()[-1]
-            self.display.say(f"step {step}: {collected.ungraded} rollouts left ungraded ({first})")
-        for line in self.pruner.said() if self.pruner else ():
+        said = self.pruner.said() if self.pruner else []
+        said += self.mix.told() if self.mix else []
+        rounds = self.parts.trainer.forwards.autocast is not None
+        said += figures.warnings(self.config, metrics, collected, rounds)
+        for line in said:
             self.display.say(f"step {step}: {line}")
         warning = gap_warning(self.run.records(), self.config.reuse)
         if "reward_gap" in metrics and warning:
             self.display.say(warning)
-        if metrics["skipped_steps"]:
-            self.display.say(f"step {step}: loss or gradient not finite, optimizer step skipped")
-        if (short := self.config.rollout.prompts - metrics.get("groups_trained", math.inf)) > 0:
-            self.display.say(
-                f"step {step}: {short:.0f} groups short of rollout.prompts: no more with signal "
-                f"within algo.generation_bound = {self.config.algo.generation_bound}"
-            )
-        bound = LOGPROB_BOUNDS["bfloat16" if self.parts.trainer.forwards.autocast else "float"]
-        if metrics.get("logprob_difference_mean", 0.0) > bound:
-            self.display.say(
-                f"step {step}: sampling and training log-probs differ by "
-                f"{metrics['logprob_difference_mean']:.2g} nats on average (more than {bound})"
-            )
 
     def _evaluate(self, step: int) -> None:
         """Held-out evaluation; a line in metrics.jsonl."""
@@ -264,6 +260,7 @@ class _Run:
             sampling=parts.sampling,
             progress=self.display.rollouts,
         )
+        metrics |= climb(config, parts, step) if parts.start else {}
         self.held_out, self.counted = metrics["reward"], parts.engine.state()
         metrics["seconds_eval"] = time.perf_counter() - started
         self.run.log({"kind": "eval", "step": step, **metrics})
@@ -289,6 +286,7 @@ class _Run:
             "under_way": self.under_way,
             "tensors": head.pop("tensors", {}),
             "prune": head,
+            "mix": self.mixed,
         }
         with self.interrupts.held():
             checkpoint.save(folder, step, self.parts.trainer, self.parts.tokenizer, state)

@@ -93,4 +93,4 @@ def length_bias(trained: Sequence[int], cut: Sequence[int], lost: Sequence[int] 
 
 
 def _lengths(groups: Sequence[Group]) -> list[int]:
-    return [len(r.completion.token_ids) for group in groups for r in group.rollouts]
+    return [r.drawn for group in groups for r in group.rollouts]

@@ -24,3 +24,19 @@ def stream(
         chosen.append(prompts[orders[epoch][place]])
         visits.append(epoch)
     return chosen, visits
+
+
+class Stream:
+    """The same as a source of prompts for a collector."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+        self._rows = {prompt.row: prompt for prompt in prompts}
+
+    def __call__(self, start: int, count: int) -> tuple[list[Prompt], list[int]]:
+        """`count` places from place `start`."""
+        return stream(start, count, self.prompts, self.seed)
+
+    def find(self, row: int, trace: int = 0, cut: int = 0) -> Prompt | None:
+        """The prompt of an identity; none has a prefix here."""
+        return None if trace else self._rows.get(row)

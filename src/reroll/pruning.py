@@ -77,7 +77,7 @@ def _is_whole(group: Group) -> bool:
 def _try(arm: str, group: Group, pruner: Pruner) -> tuple[float, float, float, float]:
     """(share with signal, variance, tokens drawn, tokens trained on), expected."""
     rewards = [r.reward for r in group.rollouts if r.reward is not None]
-    lengths = [len(r.completion.token_ids) for r in group.rollouts]
+    lengths = [r.drawn for r in group.rollouts]
     keep = pruner.keep(len(rewards), pruner.stages - 1)
     if arm == "fewer":
         count, total = len(rewards), float(sum(lengths))
@@ -96,7 +96,7 @@ def _try(arm: str, group: Group, pruner: Pruner) -> tuple[float, float, float, f
 
 def _pruned(group: Group, pruner: Pruner) -> list[tuple[list[bool], list[int]]]:
     """Who would be kept, and the tokens that each would have drawn, for lots spread evenly."""
-    lengths = [len(r.completion.token_ids) for r in group.rollouts]
+    lengths = [r.drawn for r in group.rollouts]
     draws = [([True] * len(lengths), list(lengths)) for _ in range(DRAWS)]
     known: dict[tuple[int, ...], list[float]] = {}
     for stage in range(pruner.stages):
@@ -111,7 +111,8 @@ def _pruned(group: Group, pruner: Pruner) -> list[tuple[list[bool], list[int]]]:
                 known[name] = pruner.survival(chances, keep)
             lot = (index + 0.5) / DRAWS
             stay = pruner.pick(chances, known[name], keep, chances, lot)
-            last = max((look.position for look in looks if not look.ended), default=0)
+            given = len(group.prompt.prefix_ids)
+            last = max((look.position - given for look in looks if not look.ended), default=0)
             for i, look, stays in zip(left, looks, stay, strict=True):
                 if not stays:
                     kept[i] = False

@@ -6,6 +6,7 @@ samples.jsonl    a few rollouts of each step, to read
 timeline.jsonl   stays in the engine's slots, of the first steps
 timeouts.txt     graders that timed out, replayed on resume
 rollouts.sqlite  past rollouts, for drafts (with reuse.on)
+traces.sqlite    old successes that hard problems start from (with prefix.on)
 costs.json       what forwards cost here, measured at the first start (with reuse.on)
 checkpoints/     step-N: Hugging Face folders with what is needed to go on
 curves.png       reward, held-out reward, length and entropy over the steps
@@ -36,6 +37,8 @@ UNCLAIMED = (
     "timeouts.txt",
     "costs.json",
     "costs.tmp",
+    "traces.sqlite",
+    "traces.sqlite-journal",
     "rollouts.sqlite",
     "rollouts.sqlite.new",
     "rollouts.sqlite-wal",

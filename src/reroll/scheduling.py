@@ -1,22 +1,38 @@
 """The collector of a run, as its configuration wants it."""
 
+from dataclasses import replace
+
 from reroll.config import GROUP_ADVANTAGES, Config
 from reroll.config.schedule import WHOLE
 from reroll.errors import UserError
-from reroll.order import stream
 from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import CollectSpec
 from reroll.rollout.decisions import Decisions
+from reroll.rollout.launch import Source
 from reroll.rollout.policies import make_schedule
 from reroll.rollout.prune import Pruner
 from reroll.rollout.vote import Voter
 from reroll.setup import Parts
-from reroll.types import Prompt
+from reroll.types import Purpose
+
+
+def make_spec(config: Config, parts: Parts) -> CollectSpec:
+    """What a run's training rollouts are."""
+    return CollectSpec(
+        Purpose.TRAIN,
+        config.run.seed,
+        config.rollout.samples,
+        replace(parts.sampling, temperature=config.rollout.temperature),
+        config.rollout.truncated,
+        config.rollout.penalty,
+        apart=apart(config),
+        held=config.schedule.held,
+    )
 
 
 def make_collector(
-    config: Config, parts: Parts, spec: CollectSpec, decisions: Decisions
+    config: Config, parts: Parts, source: Source, spec: CollectSpec, decisions: Decisions
 ) -> Collector:
     """The collector of a run's training rollouts, with nothing under way."""
     chosen, algo, samples = config.schedule, config.algo, config.rollout.samples
@@ -28,9 +44,6 @@ def make_collector(
         algo.generation_bound if algo.dynamic_sampling else None,
         schedule.patience,
     )
-
-    def source(start: int, count: int) -> tuple[list[Prompt], list[int]]:
-        return stream(start, count, parts.task.train, config.run.seed)
 
     return Collector(
         parts.engine, parts.graders, parts.decode, source, spec, schedule, buffer, decisions

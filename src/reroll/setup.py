@@ -20,9 +20,12 @@ from reroll.engine.selfcheck import check_servable, takes_trees, trains_on_trees
 from reroll.engine.speculation import Speculation
 from reroll.errors import UserError
 from reroll.model.attention import takes_flex
+from reroll.model.digest import tokenizer_digest
 from reroll.model.flops import CostModel, cost_model
 from reroll.model.load import load_model, load_tokenizer, pick_autocast, stop_ids
 from reroll.model.lora import add_lora
+from reroll.notes import reuse_notes, trees_notes
+from reroll.prefixes import Start, check_whole, read_traces
 from reroll.rollout.reuse import Reuse
 from reroll.rollout.store import Store
 from reroll.rundir import RunDir
@@ -52,6 +55,8 @@ class Parts:
     decode: Callable[[list[int]], str]
     extract: Callable[[str], str | None]
     """completion text to the answer that maj@k counts"""
+    start: Start | None = None
+    """what hard problems start from; None: nothing"""
     notes: list[str] = field(default_factory=list)
     """lines for the user"""
     restored: dict[str, Any] = field(default_factory=dict)
@@ -67,12 +72,14 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     tokenizer = load_tokenizer(config.model)
-    task = load_task(config.task, tokenizer)
+    task, start = load_task(config.task, tokenizer), None
+    if config.prefix.on:
+        start = read_traces(config, task, tokenizer_digest(config.task, tokenizer))
     folder = checkpoint.checkpoints(run.checkpoints)[step] if run and step is not None else None
     model = load_policy(config, folder)
     autocast = pick_autocast(config.model.autocast, model.device)
     difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
-    engine = make_engine(config, model, task, autocast)
+    engine = make_engine(config, model, task, autocast, start.longest if start else 0)
     cost = cost_model(model)
     trainer = make_trainer(config, model, autocast, _shares(config, model, autocast))
     restored = checkpoint.load(folder, trainer) if folder else {}
@@ -80,14 +87,14 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     notes = []
     if config.reuse.on:
         _set_costs(config, engine, run)
-        notes = _reuse_notes(config, engine, len(task.train))
+        notes = reuse_notes(config, engine, len(task.train))
     notes += [
         *task.notes,
         f"{len(task.train)} training and {len(task.held_out)} held-out problems",
         f"{model.num_parameters():,} parameters on {model.device}; {engine.memory}",
         f"self-check: slot decoding and plain forwards agree to {difference:.1g} nats",
     ]
-    notes += _trees_notes(config, trainer)
+    notes += trees_notes(config, trainer)
     if config.schedule.stale and config.correct.mode == "none":
         notes.append(
             "schedule: tokens of earlier versions are trained on as they are; correct.mode = 'tis' "
@@ -95,6 +102,9 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
         )
     timeouts = run.timeouts_path if run else None
     with GraderPool(task.graders, config.task, config.grading, timeouts) as graders:
+        if start is not None:
+            check_whole(start, config, task, graders, grader_digest(task.graders, config.task))
+            notes += start.notes
         yield Parts(
             model,
             tokenizer,
@@ -106,6 +116,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
             Sampling(config.rollout.max_tokens, stop_ids=stop_ids(model, tokenizer)),
             decode=lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             extract=_extractor(config.task.answer_pattern),
+            start=start,
             notes=notes,
             restored=restored,
         )
@@ -140,10 +151,10 @@ def open_reuse(config: Config, run: RunDir, step: int | None) -> Iterator[Reuse 
 
 
 def make_engine(
-    config: Config, model: PreTrainedModel, task: Task, autocast: torch.dtype | None
+    config: Config, model: PreTrainedModel, task: Task, autocast: torch.dtype | None, given: int = 0
 ) -> LocalEngine:
-    """An engine whose slots hold the longest prompt and a full reply."""
-    longest = max(len(p.token_ids) for p in [*task.train, *task.held_out])
+    """An engine whose slots hold the longest prompt, a prefix (`given` tokens) and a full reply."""
+    longest = given + max(len(p.token_ids) for p in [*task.train, *task.held_out])
     capacity = longest + config.rollout.max_tokens
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and capacity > positions:
@@ -186,34 +197,6 @@ def _set_costs(config: Config, engine: LocalEngine, run: RunDir | None) -> None:
         if run:
             costs.save(run.costs_path)
     engine.costs, engine.runner.verify = costs, torch.bfloat16 if costs.rounded else None
-
-
-def _reuse_notes(config: Config, engine: LocalEngine, problems: int) -> list[str]:
-    """What a user who reuses rollouts should know before the run."""
-    reuse, costs, slots = config.reuse, engine.costs, config.engine.slots
-    notes = [
-        f"reuse: a decoded token costs {costs.token(slots) / costs.prefill:.1f} verified ones at "
-        f"{slots} slots, {costs.token(1) / costs.prefill:.0f} at one"
-    ]
-    if reuse.verify == "bfloat16":
-        used = "bfloat16" if costs.rounded else "the same dtype"
-        notes.append(f"reuse: drafts verified in {used}")
-    if not engine.speculation.branching:
-        notes.append(
-            "reuse: this model takes no tree masks (self-check): one draft a sample, no re-drafting"
-        )
-    once = config.train.steps * config.rollout.prompts <= problems
-    if once and not config.algo.dynamic_sampling:
-        notes.append(
-            "reuse: no problem comes twice in train.steps x rollout.prompts, so that siblings are "
-            "the only drafts"
-        )
-    if reuse.audited and reuse.audit_every > config.train.steps:
-        notes.append(
-            f"reuse: no audit in {config.train.steps} steps with reuse.audit_every = "
-            f"{reuse.audit_every}: what this run trains on is not compared with fresh samples"
-        )
-    return notes
 
 
 def load_policy(config: Config, folder: Path | None = None) -> PreTrainedModel:
@@ -263,18 +246,6 @@ def _shares(config: Config, model: PreTrainedModel, autocast: torch.dtype | None
     leaves = trains_on_trees(model, autocast, leafy=True)
     flex = config.train.flex and takes_flex(model) and trains_on_trees(model, autocast, flex=True)
     return Shares(True, leaves, flex)
-
-
-def _trees_notes(config: Config, trainer: Trainer) -> list[str]:
-    """What of trees was asked for and does not work with this model."""
-    takes, wants, notes = trainer.shares, config.train, []
-    if wants.trees and not takes.trees:
-        notes.append("takes no tree masks (self-check): trained on one by one")
-    if takes.trees and not (takes.leaves or wants.gradient_checkpointing):
-        notes.append("takes no leaves behind trees (self-check): wide rows")
-    if takes.trees and wants.flex and takes_flex(trainer.model) and not takes.flex:
-        notes.append("takes no flex attention (self-check at the start): dense masks")
-    return [f"train.trees: this model {note}" for note in notes]
 
 
 def _extractor(pattern: str) -> Callable[[str], str | None]:

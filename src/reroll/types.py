@@ -49,6 +49,17 @@ class Prompt:
     """reference answer for the graders"""
     columns: dict[str, Any] = field(default_factory=dict)
     """the row's other columns, handed to graders as keyword arguments"""
+    prefix_ids: tuple[int, ...] = ()
+    """completion tokens that every rollout of it starts with; never trained on"""
+    trace: int = 0
+    """the old success that it starts from (`rollout/traces.py`); 0: none"""
+    cut: int = 0
+    """tokens of that trace that are given"""
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """What a group is: the rollouts of one problem, one trace, one cut."""
+        return self.row, self.trace, self.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +223,15 @@ class Rollout:
     saved: float = 0.0
     """tokens that pruning it is expected to have saved"""
 
+    @property
+    def drawn(self) -> int:
+        """Completion tokens after the prefix."""
+        return max(0, len(self.completion.token_ids) - len(self.prompt.prefix_ids))
+
 
 @dataclass(slots=True)
 class Group:
-    """All rollouts of one prompt in one visit."""
+    """All rollouts of one prompt, with one prefix, in one visit."""
 
     prompt: Prompt
     rollouts: list[Rollout] = field(default_factory=list)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reroll.engine.local import LocalEngine
+from reroll.order import Stream
 from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import Collected, CollectSpec
@@ -157,7 +158,7 @@ def test_longest_first_draws_the_same(model: Any, plain: dict[Any, Rollout]) -> 
         seen = [
             r.completion.token_ids for r in plain.values() if (r.prompt.row, r.visit) == (row, 1)
         ]
-        assert run.buffer.lengths[row] == max(map(len, seen))
+        assert run.buffer.lengths[row, 0, 0] == max(map(len, seen))
 
 
 def test_started_anew_on_policy(model: Any, plain: dict[Any, Rollout]) -> None:
@@ -228,7 +229,7 @@ def test_killed_and_gone_on_with_it_is_the_same_run(name: str) -> None:
     # killed in the middle of the next batch: a step or two more leaves no trace
     other = Run(second, make())
     other.engine.load_weights(part.engine.policy_version)
-    restore(other.collector, json.loads(saved), PROMPTS)
+    restore(other.collector, json.loads(saved), Stream(PROMPTS, 0).find)
     other.run(2, learn)
     joined = {**part.rollouts(), **other.rollouts()}
     assert len(joined) == len(part.rollouts()) + len(other.rollouts())

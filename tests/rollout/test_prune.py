@@ -21,6 +21,7 @@ from reroll.algo.noise import share
 from reroll.algo.survive import balanced, tilt, widest
 from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
+from reroll.order import Stream
 from reroll.rollout.buffer import Buffer
 from reroll.rollout.collect import Collector
 from reroll.rollout.collected import CollectSpec
@@ -56,6 +57,8 @@ SCHEDULES: dict[str, Schedule] = {
     "async": asynchronous(PATIENCE, keep_cache=False),
     "async, cache kept": asynchronous(PATIENCE, keep_cache=True),
 }
+PLAIN = Prompt(0, "", (1,))
+"""without a prefix"""
 
 
 def but(way: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -493,12 +496,12 @@ def test_both_probes_are_judged_at_once_if_all_are_beyond_the_second() -> None:
 
 def test_probes_by_share_of_the_running_mean_length() -> None:
     run = Pruned(tailed(3), batch=4, **but(RANDOM, when="share", at=[0.25, 0.5], keep=[0.9, 0.5]))
-    watch = run.pruner.watch()
+    watch = run.pruner.watch(PLAIN)
     assert watch is not None and watch.at == ()  # nowhere, as long as no length is known
     run.run(3)
     mean = run.pruner.lengths.mean
     assert 5 < mean < 20
-    watch = run.pruner.watch()
+    watch = run.pruner.watch(PLAIN)
     assert watch is not None and watch.at == (max(1, round(mean / 4)), max(1, round(mean / 2)))
     assert watch.steps == () and watch.step_ids == frozenset()
     # the group keeps the places it was opened with
@@ -515,7 +518,7 @@ def test_probes_at_the_n_th_step() -> None:
         line(20, 0, steps=(7, 9)),
     )
     run = Pruned(script, batch=1, samples=4, **but(RANDOM, when="steps", at=[2])).run(1)
-    watch = run.pruner.watch()
+    watch = run.pruner.watch(PLAIN)
     assert watch is not None and (watch.at, watch.steps, watch.step_ids) == ((), (2,), {END})
     positions = {sample: its[0].position for sample, its in looks_of(run)[0].items()}
     assert positions == {0: 5, 1: 4, 2: 12, 3: 9}
@@ -535,7 +538,7 @@ def test_probes_at_the_n_th_step() -> None:
 def test_the_engine_is_asked_for_no_more_than_is_read(
     way: dict[str, Any], hidden: bool, entropy: bool, last: bool
 ) -> None:
-    watch = Pruned(tailed(), **RANDOM | way).pruner.watch()
+    watch = Pruned(tailed(), **RANDOM | way).pruner.watch(PLAIN)
     assert watch is not None
     assert (watch.hidden, watch.entropy, watch.last) == (hidden, entropy, last)
 
@@ -594,7 +597,7 @@ def test_the_fixed_rule_keeps_the_set_nearest_to_the_ratio() -> None:
 
 def test_pods_keeps_those_whose_rewards_vary_most_once_all_have_ended() -> None:
     run = Pruned(tailed(8, 0.3), batch=4, slots=9, **WAYS["pods"]).run(3)
-    assert run.pruner.watch() is None
+    assert run.pruner.watch(PLAIN) is None
     for group in run.groups():
         every = sorted((*group.rollouts, *group.pruned), key=lambda r: r.sample)
         rewards = [r.reward for r in every]
@@ -922,7 +925,7 @@ def test_saved_and_gone_on_with_it_is_the_same_run(name: str, way: str) -> None:
         other = Pruned(tailed(12), SCHEDULES[name], **how)
         other.engine.load_weights(part.engine.policy_version)
         other.pruner.load_state(json.loads(head) | {"tensors": tensors})
-        restore(other.collector, json.loads(saved), prompts)
+        restore(other.collector, json.loads(saved), Stream(prompts, 0).find)
         assert json.dumps(snapshot(other.buffer)) == saved
         check_units(other)
         part = other

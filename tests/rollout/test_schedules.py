@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reroll.order import Stream
 from reroll.rollout.buffer import Buffer
 from reroll.rollout.policies import (
     Schedule,
@@ -190,7 +191,7 @@ def again(run: Simulation, schedule: Schedule, **how: Any) -> Simulation:
     other = Simulation(schedule, **how)
     other.engine.load_weights(run.engine.policy_version)
     prompts = [Prompt(row, "", (row,)) for row in range(10_000)]
-    restore(other.collector, json.loads(text), prompts)
+    restore(other.collector, json.loads(text), Stream(prompts, 0).find)
     return other
 
 

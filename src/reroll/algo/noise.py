@@ -33,9 +33,11 @@ def make_key(
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
 
 
-def share(seed: int, purpose: str, row: int, sample: int, visit: int) -> float:
+def share(
+    seed: int, purpose: str, row: int, sample: int, visit: int, trace: int = 0, cut: int = 0
+) -> float:
     """A uniform number in [0, 1) for one rollout's decision; the names as in `make_key`."""
-    return (make_key(seed, purpose, row, sample, visit) % 2**64) / 2**64
+    return (make_key(seed, purpose, row, sample, visit, trace, cut) % 2**64) / 2**64
 
 
 def gumbel(keys_B: torch.Tensor, positions_B: torch.Tensor, size: int) -> torch.Tensor:

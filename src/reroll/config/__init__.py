@@ -10,6 +10,7 @@ from reroll.config.algo import (
     TrainSection,
 )
 from reroll.config.load import Config, describe, differences, load_config, save_config, settings
+from reroll.config.prefix import CollectSection, PrefixSection, SftSection
 from reroll.config.prune import PruneSection
 from reroll.config.reuse import ReuseSection, StoreSection
 from reroll.config.schedule import ScheduleSection
@@ -32,6 +33,7 @@ __all__ = [
     "GROUP_ADVANTAGES",
     "AlgoSection",
     "CheckpointSection",
+    "CollectSection",
     "Config",
     "CorrectSection",
     "CriticSection",
@@ -42,12 +44,14 @@ __all__ = [
     "LogSection",
     "LoraSection",
     "ModelSection",
+    "PrefixSection",
     "PruneSection",
     "ReuseSection",
     "RolloutSection",
     "RunSection",
     "ScheduleSection",
     "Section",
+    "SftSection",
     "StoreSection",
     "TaskSection",
     "TrainSection",

@@ -7,6 +7,7 @@ key to change.
 from typing import TYPE_CHECKING
 
 from reroll.config.algo import ALGORITHMS, GROUP_ADVANTAGES, AlgoSection, CriticSection
+from reroll.config.check_prefix import prefix_contradiction
 from reroll.config.check_prune import prune_contradiction
 from reroll.config.check_schedule import schedule_contradiction
 from reroll.config.schedule import OVER, STALE
@@ -29,6 +30,7 @@ def contradiction(config: "Config") -> str | None:
         _reuse,
         schedule_contradiction,
         prune_contradiction,
+        prefix_contradiction,
     ):
         if text := find(config):
             return text

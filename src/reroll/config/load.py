@@ -21,6 +21,7 @@ from reroll.config.algo import (
     TrainSection,
 )
 from reroll.config.check import contradiction
+from reroll.config.prefix import CollectSection, PrefixSection, SftSection
 from reroll.config.prune import PruneSection
 from reroll.config.reuse import ReuseSection, StoreSection
 from reroll.config.schedule import ScheduleSection
@@ -54,6 +55,9 @@ class Config(Section):
     reuse: ReuseSection = ReuseSection()
     store: StoreSection = StoreSection()
     prune: PruneSection = PruneSection()
+    collect: CollectSection = CollectSection()
+    prefix: PrefixSection = PrefixSection()
+    sft: SftSection = SftSection()
     algo: AlgoSection = AlgoSection()
     critic: CriticSection = CriticSection()
     correct: CorrectSection = CorrectSection()
@@ -157,10 +161,11 @@ class _Known:
 
     def nearest(self, key: str) -> str:
         """A remedy for a key that is not there."""
-        close = difflib.get_close_matches(key, self.names, n=1, cutoff=0.5)
+        last = key.rpartition(".")[2]
+        same = [name for name in self.names if name.partition(".")[2] == last]  # elsewhere
+        close = difflib.get_close_matches(key, same or self.names, n=1, cutoff=0.3 if same else 0.5)
         if not close:
             tails = {name.partition(".")[2]: name for name in self.names}
-            last = key.rpartition(".")[2]
             close = [
                 tails[t] for t in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
             ]

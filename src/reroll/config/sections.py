@@ -56,7 +56,8 @@ class GraderSection(Section):
     """One grader and its weight in the reward."""
 
     name: str = Field(
-        description="task, math, or module:function with f(prompt, completion, answer, **columns)"
+        description="task, math, derivation (sums, every step), or module:function with "
+        "f(prompt, completion, answer, **columns)"
     )
     weight: float = Field(default=1.0, description="weight in the sum of rewards")
 

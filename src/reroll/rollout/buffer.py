@@ -58,8 +58,8 @@ class Buffer:
         """units admitted since the last batch"""
         self.starts: Counter[int] = Counter()
         """started units, flying or ready, by the updates that were before their start"""
-        self.lengths: dict[int, int] = {}
-        """completion tokens of the longest rollout of each prompt's last visit, by row"""
+        self.lengths: dict[tuple[int, int, int], int] = {}
+        """tokens drawn for the longest rollout of each prompt's last visit, by its identity"""
         self.unknown = 0
         """flying units of whose prompt that is not known"""
         self._queue: list[tuple[Any, int, Member]] = []
@@ -104,7 +104,7 @@ class Buffer:
 
     def open(self, prompt: Prompt, visit: int, need: int) -> Unit:
         """A new unit, still without members and on the ground."""
-        expected = self.lengths.get(prompt.row)
+        expected = self.lengths.get(prompt.identity)
         unit = Unit(self._units, prompt, visit, need, self.update, expected=expected, wanted=need)
         self._units += 1
         self.admitted += 1
@@ -179,7 +179,7 @@ class Buffer:
         """A flying unit has all it needs: it is ready."""
         self._land(unit)
         self.ready.append(unit)
-        self.lengths[unit.prompt.row] = max(member.tokens for member in unit.done)
+        self.lengths[unit.prompt.identity] = max(member.tokens for member in unit.done)
 
     # --- a unit's way -----------------------------------------------------------------------------
 

@@ -234,7 +234,8 @@ class Collector:
                 self._drop(member, ended=member.state is State.DONE)
                 self._collected.restarts += 1
             if self.spec.held and member.tokens and not member.request.lenience:
-                member.lost = member.rollout.completion.token_ids
+                given = len(member.rollout.prompt.prefix_ids)
+                member.lost = member.rollout.completion.token_ids[given:]
         self.buffer.reset(unit)
         for member in unit.members:
             member.rollout.key_visit += 0 if self.spec.held else RESTART

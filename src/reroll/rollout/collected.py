@@ -91,7 +91,8 @@ def grade_job(rollout: Rollout, job_id: int, spec: CollectSpec) -> GradeJob:
     prompt = rollout.prompt
     # evaluations come again with the same keys and other weights: the text tells them apart
     mark = zlib.crc32(rollout.text.encode("utf-8", "replace"))
-    name = f"{spec.label or spec.purpose}/{prompt.row}/{rollout.sample}/{rollout.visit}/{mark:08x}"
+    place = f"{prompt.row}/{prompt.trace:x}+{prompt.cut}" if prompt.trace else f"{prompt.row}"
+    name = f"{spec.label or spec.purpose}/{place}/{rollout.sample}/{rollout.visit}/{mark:08x}"
     return GradeJob(job_id, name, prompt.text, rollout.text, prompt.answer, prompt.columns)
 
 
@@ -127,7 +128,7 @@ def finish(collected: Collected, spec: CollectSpec) -> Collected:
     collected.ungraded = len(ungraded)
     collected.truncated = sum(r.completion.finish is Finish.LENGTH for r in rollouts)
     if ungraded:
-        collected.first_failure = min(ungraded, key=lambda r: (r.prompt.row, r.sample)).failure
+        collected.first_failure = min(ungraded, key=lambda r: (r.prompt.identity, r.sample)).failure
     collected.seconds_grading = sum(r.seconds_grading for r in rollouts)
     return collected
 
@@ -143,11 +144,12 @@ def check_failures(collected: Collected, max_failures: float) -> None:
 
 
 def groups_of(units: Sequence[Unit]) -> list[Group]:
-    """Groups of a batch's units: single rollouts of one visit to a prompt are put together."""
-    found: dict[tuple[int, int], Group] = {}
+    """Groups of a batch's units: single rollouts of one visit to a prompt are put together, those
+    with another prefix never."""
+    found: dict[tuple[tuple[int, int, int], int], Group] = {}
     for unit in units:
         group = unit.group()
-        known = found.setdefault((unit.prompt.row, unit.visit), group)
+        known = found.setdefault((unit.prompt.identity, unit.visit), group)
         if known is not group:
             known.rollouts += group.rollouts
     return list(found.values())

@@ -44,8 +44,8 @@ Earned = Callable[[Rollout], float | None]
 class Pruning(Protocol):
     """Which members of a unit are stopped on their way; see `rollout/prune.py`."""
 
-    def watch(self) -> Watch | None:
-        """Where the members of a unit that is opened now are probed."""
+    def watch(self, prompt: Prompt) -> Watch | None:
+        """Where the members of a unit of this prompt that is opened now are probed."""
         ...
 
     def see(self, member: Member, probed: Probed) -> None:

@@ -34,7 +34,7 @@ class Grading:
             self.graders.submit(grade_job(rollout, completion.request_id, self.spec))
             return 0
         rollout.reward, rollout.rewards = known
-        return len(completion.token_ids)
+        return rollout.drawn
 
     def take(self) -> None:
         """Fill in the grades that have come."""

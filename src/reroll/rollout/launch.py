@@ -50,7 +50,7 @@ class Launch:
                     self._launch(buffer.open(prompt, visit, 1), [(sample, start)])
                 continue
             unit = buffer.open(prompt, visit, samples)
-            unit.watch = self.pruner.watch() if self.pruner else None
+            unit.watch = self.pruner.watch(prompt) if self.pruner else None
             self._launch(unit, enumerate(starts))
 
     def _launch(self, unit: Unit, starts: Iterable[tuple[int, Start]]) -> None:
@@ -67,6 +67,7 @@ class Launch:
             unit.prompt.token_ids,
             self._key(rollout),
             self.spec.sampling,
+            prefix_ids=unit.prompt.prefix_ids,
             drafts=start.drafts,
             lenience=start.lenience,
             watch=unit.watch,
@@ -97,5 +98,6 @@ class Launch:
 
     def _key(self, rollout: Rollout) -> int:
         spec = self.spec
-        row, sample = rollout.prompt.row, rollout.sample
-        return make_key(spec.seed, spec.purpose, row, sample, rollout.key_visit)
+        row, trace, cut = rollout.prompt.identity
+        visit = rollout.key_visit
+        return make_key(spec.seed, spec.purpose, row, rollout.sample, visit, trace, cut)

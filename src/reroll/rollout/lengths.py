@@ -45,7 +45,7 @@ class Lengths:
     def add(self, rollouts: Sequence[Rollout]) -> None:
         """A batch of rollouts, those that were stopped among them."""
         ended = [
-            (len(r.completion.token_ids), represents(r))
+            (r.drawn, represents(r))
             for r in rollouts
             if r.completion.finish is not Finish.ABORT and (r.looks == [] or _counts(r))
         ]

@@ -16,6 +16,7 @@ tell the rollouts of whole groups apart. Nothing here decides by the clock.
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from reroll.rollout.lengths import Lengths
 from reroll.rollout.predict import Predictor
 from reroll.rollout.signal import features
 from reroll.rollout.unit import Member, State, Unit
-from reroll.types import Finish, Look, Watch
+from reroll.types import Finish, Look, Prompt, Watch
 
 SIGNAL = 0.5
 """chance of unequal rewards from which a group is given more samples"""
@@ -58,9 +59,10 @@ class Pruner:
 
     # --- while a unit runs ------------------------------------------------------------------------
 
-    def watch(self) -> Watch | None:
-        """What the engine is to report of the members of a unit that is opened now."""
-        config = self.config
+    def watch(self, prompt: Prompt) -> Watch | None:
+        """What the engine is to report of the members of a unit that is opened now; places are
+        counted in tokens drawn."""
+        config, given = self.config, prompt.prefix_ids
         if not config.probes:
             return None
         counts: tuple[int, ...] = ()
@@ -68,7 +70,9 @@ class Pruner:
             counts = tuple(max(1, round(at * self.lengths.mean)) for at in config.at)
         elif config.when == "tokens":
             counts = tuple(round(at) for at in config.at)
-        steps = tuple(round(at) for at in config.at) if config.when == "steps" else ()
+        counts = tuple(len(given) + count for count in counts)
+        before = sum(token in self.step_ids for token in given)
+        steps = tuple(before + round(at) for at in config.at) if config.when == "steps" else ()
         hidden = config.signal == "quality"
         return Watch(
             counts,
@@ -81,19 +85,19 @@ class Pruner:
 
     def see(self, member: Member, probed: Probed) -> None:
         """A member came to a probe."""
-        began = time.perf_counter()
+        began, at = time.perf_counter(), probed.position
         read = np.zeros(0, np.float32)
         if self.config.learns:
-            config = self.config
+            config, probed = self.config, _drawn(probed, member.rollout.prompt)
             read = features(config.signal, probed, self.step_ids, config.statistics)
         place = LAST if probed.last else probed.place
-        member.seen[place] = (probed.position, read)
+        member.seen[place] = (at, read)
         self._seconds += time.perf_counter() - began
 
     def ended(self, member: Member) -> None:
         """A member ended by itself; what was seen on a draft up to its end does not count."""
         completion = member.rollout.completion
-        if completion.walked >= len(completion.token_ids) - 1:
+        if completion.walked >= member.tokens - 1:
             member.seen = {place: seen for place, seen in member.seen.items() if place == LAST}
 
     def due(self, unit: Unit) -> bool:
@@ -136,7 +140,7 @@ class Pruner:
         for i, member in enumerate(judged):
             score, seen = scores[i], member.seen.get(stage)
             look = Look(
-                position=seen[0] if seen else member.tokens,
+                position=seen[0] if seen else len(member.rollout.completion.token_ids),
                 score=score.log_odds if score else None,
                 probability=predictor.reward(chances[i]),
                 survival=survival[i],
@@ -170,7 +174,7 @@ class Pruner:
             return False
         if not self.predictor.ready(stage):
             return True
-        return share(self.seed, "prune audit", unit.prompt.row, 0, unit.visit) < config.audit
+        return self._share("audit", unit, 0) < config.audit
 
     def keep(self, started: int, stage: int) -> int:
         """Members that stay at a probe, of so many that were started."""
@@ -204,16 +208,22 @@ class Pruner:
         self, unit: Unit, stage: int, judged: Sequence[Member], chances: Sequence[float], keep: int
     ) -> tuple[list[float], list[bool]]:
         """Survival of each of the judged, and who is kept."""
-        count, row, visit = len(judged), unit.prompt.row, unit.visit
+        count = len(judged)
         if keep >= count:
             return [1.0] * count, [True] * count
         samples = [member.rollout.sample for member in judged]
         key: Sequence[Any] = list(zip(chances, samples, strict=True))
         if self.config.signal == "random":
-            key = [share(self.seed, "prune order", row, sample, visit) for sample in samples]
-        lot = share(self.seed, "prune", row, stage, visit)
+            key = [self._share("order", unit, sample) for sample in samples]
+        lot = self._share("", unit, stage)
         survival = self.survival(chances, max(keep, 1))
         return survival, self.pick(chances, survival, max(keep, 1), key, lot)
+
+    def _share(self, what: str, unit: Unit, number: int) -> float:
+        """A uniform number for a decision about a unit."""
+        row, trace, cut = unit.prompt.identity
+        purpose = f"prune {what}".strip()
+        return share(self.seed, purpose, row, number, unit.visit, trace, cut)
 
     # --- after a batch ----------------------------------------------------------------------------
 
@@ -245,3 +255,11 @@ class Pruner:
         """Go on from `state()`."""
         self.predictor.load_state(state)
         self.lengths.load_state(state["lengths"])
+
+
+def _drawn(probed: Probed, prompt: Prompt) -> Probed:
+    """Without the prefix: what was given says nothing of what comes of it."""
+    if not (given := len(prompt.prefix_ids)):
+        return probed
+    streams = {name: getattr(probed, name)[given:] for name in ("token_ids", "logprobs")}
+    return replace(probed, **streams, entropies=probed.entropies[given:])

@@ -20,6 +20,9 @@ from reroll.rollout.decisions import RESTART, Decisions, Graded, Start
 from reroll.rollout.store import Past, Store, prompt_hash
 from reroll.types import Draft, Finish, Group, Lenience, Prompt, Rollout
 
+Identity = tuple[int, int, int]
+"""of a prompt with its prefix; see `Prompt.identity`"""
+
 
 class Reuse:
     """Start and grade decisions from a store of past rollouts.
@@ -29,8 +32,8 @@ class Reuse:
 
     def __init__(self, config: ReuseSection, store: Store, seed: int, graders: str = "") -> None:
         self.config, self.store, self.seed, self.graders = config, store, seed, graders
-        self._past: dict[int, list[Past]] = {}
-        """what the store holds of this step's prompts, by dataset row"""
+        self._past: dict[Identity, list[Past]] = {}
+        """what the store holds of this step's prompts"""
 
     def decisions(self) -> Decisions:
         """What `collect` asks."""
@@ -40,13 +43,13 @@ class Reuse:
         """How the samples of one prompt start."""
         past = self._look_up(prompt, visit)
         if self.config.rule == "lenient":
-            return [self._lenient(past, visit, sample) for sample in range(samples)]
+            return [self._lenient(prompt, past, visit, sample) for sample in range(samples)]
         near = [p for p in past if p.visit >= visit - self.config.epochs]
         if self.config.rule == "fresh":
-            drafts = _own_first(near[: self.config.rollouts], samples)
+            drafts = _own_first(prompt, near[: self.config.rollouts], samples)
             return [Start(visit, its) for its in drafts]
         # a held key without the text it wrote would be worth nothing: the last visit comes whole
-        drafts = _own_first(near[: max(self.config.rollouts, samples)], samples)
+        drafts = _own_first(prompt, near[: max(self.config.rollouts, samples)], samples)
         return [
             Start(self._held_visit(prompt, past, visit, sample), its)
             for sample, its in enumerate(drafts)
@@ -55,14 +58,14 @@ class Reuse:
     def start_fresh(self, prompt: Prompt, visit: int, samples: int) -> list[Start]:
         """The same prompt's drafts for an audit: lossless whatever the rule."""
         past = self._look_up(prompt, visit)[: self.config.rollouts]
-        return [Start(visit, drafts) for drafts in _own_first(past, samples)]
+        return [Start(visit, drafts) for drafts in _own_first(prompt, past, samples)]
 
     def known_grade(self, rollout: Rollout) -> Graded | None:
         """The grade of the same text from the same graders, unless the limit cut it."""
         if not self.graders or rollout.completion.finish is not Finish.STOP:
             return None
         text = _packed(rollout.completion.token_ids)
-        for past in self._past.get(rollout.prompt.row, ()):
+        for past in self._past.get(rollout.prompt.identity, ()):
             same = past.graders == self.graders and past.finish == Finish.STOP
             if same and past.reward is not None and past.token_ids.tobytes() == text:
                 return Graded(past.reward, dict(past.rewards))
@@ -74,33 +77,34 @@ class Reuse:
         step: int,
         version: int,
         trained: set[int],
-        under_way: Collection[int] = (),
+        under_way: Collection[Identity] = (),
     ) -> None:
         """Write a step's rollouts; one transaction. trained: ids of those with gradient. under_way:
-        rows of the problems that have other rollouts begun."""
+        the problems that have other rollouts begun."""
         rows = []
         for group in groups:
-            name = prompt_hash(group.prompt.token_ids)
+            name = _name(group.prompt)
             rows += [
                 (name, self._as_past(r, step, version, id(r) in trained))
                 for r in (*group.rollouts, *group.pruned)
             ]
         self.store.put(step, rows)
-        self._past = {row: past for row, past in self._past.items() if row in under_way}
+        self._past = {one: past for one, past in self._past.items() if one in under_way}
 
     def metrics(self, groups: Sequence[Group], version: int) -> dict[str, float]:
         """What was reused of a batch; see docs/glossary.md."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        lengths = [len(r.completion.token_ids) for r in rollouts]
-        drafted = [r for r in rollouts if self._past.get(r.prompt.row)]
+        lengths = [r.drawn for r in rollouts]
+        drafted = [r for r in rollouts if self._past.get(r.prompt.identity)]
         whole = [r for r in drafted if _whole(r)]
         ages, repeats = [], 0
         for rollout in drafted:
-            past, text = self._past[rollout.prompt.row], _packed(rollout.completion.token_ids)
+            past, text = self._past[rollout.prompt.identity], _packed(rollout.completion.token_ids)
             repeats += any(p.token_ids.tobytes() == text for p in past)
             walked = rollout.completion.walked
-            begin = _packed(rollout.completion.token_ids[:walked])
-            versions = [p.version for p in past if p.token_ids[:walked].tobytes() == begin]
+            end = len(rollout.prompt.prefix_ids) + walked
+            begin = _packed(rollout.completion.token_ids[:end])
+            versions = [p.version for p in past if p.token_ids[:end].tobytes() == begin]
             ages += [version - min(versions)] if walked and versions else []
         return {
             "drafted": len(drafted) / len(rollouts),
@@ -113,16 +117,16 @@ class Reuse:
 
     def _look_up(self, prompt: Prompt, visit: int) -> list[Past]:
         """Everything kept of a prompt's earlier visits, newest first."""
-        if prompt.row not in self._past:
-            name = prompt_hash(prompt.token_ids)
+        if prompt.identity not in self._past:
+            name = _name(prompt)
             # no further than is kept for good: what has not been evicted yet must not matter
-            self._past[prompt.row] = self.store.get(
+            self._past[prompt.identity] = self.store.get(
                 name, prompt.row, before_visit=visit, visits=min(visit, self.store.keep_visits)
             )
-        return self._past[prompt.row]
+        return self._past[prompt.identity]
 
-    def _lenient(self, past: Sequence[Past], visit: int, sample: int) -> Start:
-        config = self.config
+    def _lenient(self, prompt: Prompt, past: Sequence[Past], visit: int, sample: int) -> Start:
+        config, given = self.config, len(prompt.prefix_ids)
         before = visit - config.delay
         own = [p for p in past if p.sample == sample and before - config.epochs <= p.visit < before]
         if not own:
@@ -133,7 +137,7 @@ class Reuse:
             keep_writer=config.anchor == "generator",
         )
         streams = own[0].token_ids, own[0].logprobs, own[0].versions
-        return Start(visit, (Draft(*(stream.tolist() for stream in streams)),), lenience)
+        return Start(visit, (Draft(*(stream[given:].tolist() for stream in streams)),), lenience)
 
     def _held_visit(self, prompt: Prompt, past: Sequence[Past], visit: int, sample: int) -> int:
         """The visit whose noise this sample gets: the last one's, unless its key is redrawn."""
@@ -144,7 +148,8 @@ class Reuse:
             return visit
         if self.config.refresh == "trained":
             return visit if own.trained else own.noise_visit
-        redrawn = share(self.seed, "refresh", prompt.row, sample, visit) < self.config.refresh
+        row, trace, cut = prompt.identity
+        redrawn = share(self.seed, "refresh", row, sample, visit, trace, cut) < self.config.refresh
         return visit if redrawn else own.noise_visit
 
     def _as_past(self, rollout: Rollout, step: int, version: int, trained: bool) -> Past:
@@ -177,9 +182,16 @@ def _pruning(rollout: Rollout) -> str:
     return json.dumps({"looks": [asdict(look) for look in rollout.looks], "saved": rollout.saved})
 
 
-def _own_first(past: Sequence[Past], samples: int) -> list[tuple[Draft, ...]]:
-    """The drafts of each sample: the same ones, its own old rollouts first."""
-    drafts = [(p.sample, Draft(p.token_ids.tolist())) for p in past]
+def _name(prompt: Prompt) -> bytes:
+    """What the store finds a prompt's rollouts by."""
+    return prompt_hash(prompt.token_ids, prompt.trace, prompt.cut)
+
+
+def _own_first(prompt: Prompt, past: Sequence[Past], samples: int) -> list[tuple[Draft, ...]]:
+    """The drafts of each sample, without the prompt's prefix: the same ones, its own old rollouts
+    first."""
+    given = len(prompt.prefix_ids)
+    drafts = [(p.sample, Draft(p.token_ids[given:].tolist())) for p in past]
     return [
         tuple(draft for _, draft in sorted(drafts, key=lambda pair: pair[0] != sample))
         for sample in range(samples)
@@ -193,9 +205,9 @@ def _packed(token_ids: Sequence[int]) -> bytes:
 
 def _share(rollout: Rollout) -> float:
     """Of a completion's tokens, those found on the draft tree; an ending counts with its text."""
-    return 1.0 if _whole(rollout) else rollout.completion.walked / len(rollout.completion.token_ids)
+    return 1.0 if _whole(rollout) else rollout.completion.walked / max(1, rollout.drawn)
 
 
 def _whole(rollout: Rollout) -> bool:
     """Nothing of it was decoded: it ended on the tree."""
-    return rollout.completion.walked >= len(rollout.completion.token_ids) - 1 > 0
+    return rollout.completion.walked >= rollout.drawn - 1 > 0

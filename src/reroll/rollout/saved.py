@@ -5,7 +5,7 @@ the engine still has (a kept cache) is saved without its tokens and is drawn ane
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -26,22 +26,28 @@ def snapshot(buffer: Buffer) -> dict[str, Any]:
     places = {"flying": buffer.flying.values(), "ready": buffer.ready, "deferred": buffer.deferred}
     return {
         "counts": {name.strip("_"): getattr(buffer, name) for name in _COUNTS},
-        "lengths": {str(row): length for row, length in buffer.lengths.items()},
+        "lengths": {_named(*one): length for one, length in buffer.lengths.items()},
         "units": [_unit(unit, place) for place, units in places.items() for unit in units],
     }
 
 
-def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-    """Put a snapshot into a new collector. Raises UserError for problems that are gone."""
-    buffer, rows = collector.buffer, {prompt.row: prompt for prompt in prompts}
-    buffer.lengths.update({int(row): length for row, length in saved["lengths"].items()})
+def restore(
+    collector: Collector, saved: dict[str, Any], find: Callable[[int, int, int], Prompt | None]
+) -> None:
+    """Put a snapshot into a new collector. find: the prompt of an identity, None if there is none.
+
+    Raises UserError for problems that are gone.
+    """
+    buffer = collector.buffer
+    buffer.lengths.update({_identity(name): n for name, n in saved["lengths"].items()})
     for one in saved["units"]:
-        if one["row"] not in rows:
+        prompt = find(one["row"], one.get("trace", 0), one.get("cut_at", 0))
+        if prompt is None:
             raise UserError(
                 f"task: problem {one['row']} has rollouts in the checkpoint and is not among the "
-                "training problems any more; go on with the task as it was"
+                "training problems any more; go on with the task (and the traces) as it was"
             )
-        unit = Unit(one["index"], rows[one["row"]], one["visit"], one["need"], one["admitted"])
+        unit = Unit(one["index"], prompt, one["visit"], one["need"], one["admitted"])
         unit.since, unit.cut = one["since"], one.get("cut", 0)
         unit.wanted, unit.stage = one.get("wanted", unit.need), one.get("stage", 0)
         unit.watch = _watch(one.get("watch"))
@@ -68,11 +74,24 @@ def restore(collector: Collector, saved: dict[str, Any], prompts: Sequence[Promp
         setattr(buffer, name, saved["counts"][name.strip("_")])
 
 
+def _named(row: int, trace: int, cut: int) -> str:
+    """An identity as a key of JSON."""
+    return f"{row}/{trace}/{cut}" if trace else str(row)
+
+
+def _identity(name: str) -> tuple[int, int, int]:
+    """Back again."""
+    row, trace, cut = map(int, f"{name}/0/0".split("/")[:3])
+    return row, trace, cut
+
+
 def _unit(unit: Unit, place: str) -> dict[str, Any]:
     return {
         "place": place,
         "index": unit.index,
         "row": unit.prompt.row,
+        "trace": unit.prompt.trace,
+        "cut_at": unit.prompt.cut,
         "visit": unit.visit,
         "need": unit.need,
         "admitted": unit.admitted,

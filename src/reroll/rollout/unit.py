@@ -52,8 +52,8 @@ class Member:
 
     @property
     def tokens(self) -> int:
-        """Completion tokens kept so far."""
-        return len(self.rollout.completion.token_ids)
+        """Completion tokens drawn and kept so far."""
+        return self.rollout.drawn
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +76,7 @@ class Unit:
     cut: int = 0
     """tokens of its longest member when it last lost them; 0: it never did"""
     expected: int | None = None
-    """completion tokens of the longest rollout of its prompt's last visit; None: there was none"""
+    """tokens drawn for the longest rollout of its prompt's last visit; None: there was none"""
     watch: Watch | None = None
     """where its members are probed"""
     stage: int = 0

@@ -14,19 +14,19 @@ from reroll.rollout.decisions import StopsNone
 from reroll.rollout.predict import Predictor
 from reroll.rollout.signal import features
 from reroll.rollout.unit import Member
-from reroll.types import Rollout, Watch
+from reroll.types import Prompt, Rollout, Watch
 
 
 class Voter(StopsNone):
-    """Looks at every rollout of a collect when it ends,."""
+    """Looks at every rollout of a collect when it ends."""
 
     def __init__(
         self, config: PruneSection, predictor: Predictor, step_ids: frozenset[int]
     ) -> None:
         self.config, self.predictor, self.step_ids = config, predictor, step_ids
-        self._read: dict[tuple[int, int], np.ndarray] = {}
+        self._read: dict[tuple[tuple[int, int, int], int], np.ndarray] = {}
 
-    def watch(self) -> Watch:
+    def watch(self, prompt: Prompt) -> Watch:
         """Their ends alone."""
         hidden = self.config.signal == "quality"
         return Watch(hidden=hidden, entropy=not hidden or self.config.statistics, last=True)
@@ -35,9 +35,9 @@ class Voter(StopsNone):
         """One has ended."""
         config, rollout = self.config, member.rollout
         read = features(config.signal, probed, self.step_ids, config.statistics)
-        self._read[rollout.prompt.row, rollout.sample] = read
+        self._read[rollout.prompt.identity, rollout.sample] = read
 
     def weights(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Calibrated chance of success of each, of the last collect."""
-        read = np.stack([self._read[r.prompt.row, r.sample] for r in rollouts])
+        read = np.stack([self._read[r.prompt.identity, r.sample] for r in rollouts])
         return self.predictor.end_bins.probabilities(self.predictor.end.scores(read))

@@ -1,4 +1,4 @@
-"""Graders by name: `task`, `math`, or `module:function` of the user's.
+"""Graders by name: `task`, `math`, `derivation`, or `module:function` of the user's.
 
 A grader maps (prompt, completion, answer, columns) to a reward. Resolving a name imports what it
 needs, so it happens in the grader processes; no torch and no transformers here.
@@ -23,11 +23,15 @@ from typing import Any
 
 from reroll.config import TaskSection
 from reroll.errors import UserError
+from reroll.tasks.derivation import derivation
 from reroll.tasks.gym import gym_scorer
 from reroll.tasks.problem import did_you_mean
 
 Grader = Callable[[str, str, str | None, dict[str, Any]], float]
 """(prompt, completion, answer, columns) -> reward"""
+
+BUILT_IN = {"task": "reasoning-gym", "math": "math-verify", "derivation": "reroll"}
+"""graders by name, and the package that each comes from"""
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _DELIMITED = re.compile(r"\$.+\$|\\boxed|\\\(|\\\[", re.DOTALL)
@@ -49,10 +53,10 @@ def graders_of(config: TaskSection) -> list[GraderSpec]:
     ]
     names = [spec.name for spec in specs]
     for name in names:
-        if name not in ("task", "math") and ":" not in name:
+        if name not in BUILT_IN and ":" not in name:
             raise UserError(
-                f"task.graders: unknown grader {name!r}; there are task, math and "
-                f"module:function{did_you_mean(name, ['task', 'math'])}"
+                f"task.graders: unknown grader {name!r}; there are {', '.join(BUILT_IN)} and "
+                f"module:function{did_you_mean(name, BUILT_IN)}"
             )
         if name == "task" and config.source != "reasoning_gym":
             raise UserError(
@@ -88,8 +92,7 @@ def grader_digest(specs: list[GraderSpec], config: TaskSection) -> str:
     for spec in specs:
         parts += [spec.name, repr(spec.weight)]
         if ":" not in spec.name:
-            package = {"task": "reasoning-gym", "math": "math-verify"}[spec.name]
-            parts.append(version(package))
+            parts.append(version(BUILT_IN[spec.name]))
             continue
         source = _source_of(spec.name.partition(":")[0])
         if source is None:
@@ -132,6 +135,8 @@ def resolve(spec: GraderSpec, config: TaskSection) -> Grader:
         return _task_grader(config)
     if spec.name == "math":
         return _math_grader(config)
+    if spec.name == "derivation":
+        return derivation
     return _user_grader(spec.name)
 
 

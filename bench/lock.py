@@ -1,0 +1,184 @@
+"""A lock of H digits: what plain RL pays for a success that is exponentially rare.
+
+Every reply of H characters must have the right parity at every place; an untaught policy with
+learnt positions gets each right with a chance of about one half, and what it learns at one place
+says nothing about another. So a success has a chance of 2^-H, known beforehand.
+
+    rl8       Dr. GRPO, 8 rollouts of each prompt
+    prefix    the same from one old success a prompt, cut at three places in 40-80 %, 3 : 1
+
+Both train until the lock is open nine times in ten on held-out prompts (the same lock), or for
+so many steps; cost is counted in FLOPs as the paper does, from the first collected token on.
+
+    python -m bench.lock [--quick] [--fresh]
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from bench.common import Parts, arguments, interval, table
+
+SEEDS = (0, 1, 2)
+LENGTHS = (4, 6, 8, 10, 12)
+STEPS = {"rl8": 480, "prefix": 160}
+"""at most; a step of plain RL without a success costs a third or less"""
+EVERY = 5
+"""steps between evaluations"""
+OPEN = 0.9
+PROBLEMS = 16
+ARMS = ("rl8", "prefix")
+PICTURE = Path(__file__).parent.parent / "docs" / "techniques" / "prefix_lock.png"
+COMMON = {
+    "model.path": "policy", "task.source": "jsonl", "task.name": "locks.jsonl",
+    "task.train_size": "8", "task.eval_size": "8",
+    "task.graders": '[{name = "bench.lock:opened"}]',
+    "rollout.prompts": "32", "algo.name": "dr_grpo", "train.learning_rate": "3e-3",
+    "train.warmup": "0", "eval.samples": "8", "eval.greedy": "false", "log.display": "off",
+    "log.timeline": "0", "log.samples": "0", "checkpoint.every": "1000", "engine.slots": "128",
+}  # fmt: skip
+PREFIX = {
+    "prefix.on": "true", "prefix.least": "1", "prefix.guard": "false", "prefix.retire": "1.0",
+    "prefix.ladder": "[]", "collect.screen": "0",
+}  # fmt: skip
+
+
+def opened(prompt: str, completion: str, answer: str, **columns: object) -> float:
+    """1 if every character has the parity that the lock wants."""
+    fits = (ord(c) % 2 == int(bit) for c, bit in zip(completion, answer, strict=False))
+    return float(len(completion) >= len(answer) and all(fits))
+
+
+def combination(length: int, seed: int) -> str:
+    """The lock's parities."""
+    source = torch.Generator().manual_seed(seed * 1000 + length)
+    return "".join(map(str, torch.randint(2, (length,), generator=source).tolist()))
+
+
+def make_folder(folder: Path, length: int, seed: int) -> None:
+    """An untaught policy with learnt positions, and prompts of one lock."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from recipes.demo_policy import character_tokenizer
+
+    tokenizer = character_tokenizer()
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    rows = [
+        {"prompt": f"lock {i:02d}", "answer": combination(length, seed)} for i in range(PROBLEMS)
+    ]
+    (folder / "locks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(arm: str, length: int, seed: int, quick: bool) -> dict[str, Any]:
+    """One arm: held-out success and cost over the steps."""
+    from reroll.config import load_config
+    from reroll.loop import train
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_folder(folder, length, seed)
+        settings = COMMON | (PREFIX if arm == "prefix" else {})
+        settings |= {
+            "run.out": f"{name}/run", "run.seed": str(seed), "model.path": f"{name}/policy",
+            "task.name": f"{name}/locks.jsonl", "rollout.max_tokens": str(length),
+            "train.steps": str(STEPS[arm] // (4 if quick else 1)), "eval.every": str(EVERY),
+        }  # fmt: skip
+        if arm == "prefix":
+            settings |= {"collect.cap": str(64 * 2**length)}
+        records = train(load_config(None, settings)).records()
+    spent = {r["step"]: r["flops_total_paper"] for r in records if r["kind"] == "train"}
+    spent[0] = 0.0
+    held_out = [(r["step"], r["reward"]) for r in records if r["kind"] == "eval"]
+    return {"held_out": [[step, reward, spent[step]] for step, reward in held_out]}
+
+
+def cost(found: dict[str, Any]) -> float | None:
+    """FLOPs until the lock was open; None: it never was."""
+    return next((flops for _, reward, flops in found["held_out"] if reward >= OPEN), None)
+
+
+def draw(detail: dict[str, Any]) -> None:
+    """FLOPs until the lock was open, by its length; crosses: spent, and it never was."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for arm, colour in zip(ARMS, ("#999999", "#4477aa"), strict=True):
+        for length in LENGTHS:
+            for one in detail[f"{arm}/{length}"]:
+                spent, never = cost(one), one["held_out"][-1][2]
+                mark = "x" if spent is None else "o"
+                axes.plot(length, spent or never, mark, color=colour, label=f"{arm} {mark}")
+    handles, labels = axes.get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    names = {"o": "open", "x": "still shut"}
+    axes.legend(
+        known.values(),
+        [f"{label[:-2]}: {names[label[-1]]}" for label in known],
+        frameon=False,
+    )
+    axes.set(xlabel="characters of the lock", ylabel="FLOPs, collecting included", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    parts = Parts("lock", args)
+    seeds = SEEDS[:1] if args.quick else SEEDS
+    lengths = LENGTHS[:2] if args.quick else LENGTHS
+    detail: dict[str, Any] = {}
+    for length in lengths:
+        for arm in ARMS:
+            detail[f"{arm}/{length}"] = [
+                parts.measure(
+                    f"{arm}/{length}/{seed}",
+                    lambda a=arm, n=length, s=seed: run(a, n, s, args.quick),
+                )
+                for seed in seeds
+            ]
+    summary = dict.fromkeys(
+        f"{name}_{arm}_{length}{end}"
+        for length in LENGTHS
+        for arm in ARMS
+        for name, end in (("solved", ""), ("flops", ""), ("final", ""), ("final", "_ci"))
+    )
+    rows = []
+    for length in lengths:
+        cells = [str(length), f"{2.0**-length:.2g}"]
+        for arm in ARMS:
+            found = [cost(one) for one in detail[f"{arm}/{length}"]]
+            solved = [c for c in found if c is not None]
+            last = [one["held_out"][-1][1] for one in detail[f"{arm}/{length}"]]
+            end = f"{arm}_{length}"
+            summary[f"solved_{end}"] = len(solved) / len(found)
+            summary[f"flops_{end}"] = fmean(solved) if len(solved) == len(found) else None
+            summary[f"final_{end}"], summary[f"final_{end}_ci"] = fmean(last), interval(last)
+            cells += [f"{len(solved)}/{len(found)}", f"{fmean(solved):.2e}" if solved else "-"]
+            cells.append(f"{fmean(last):.2f}")
+        rows.append(cells)
+    columns = ["H", "chance"]
+    for arm in ARMS:
+        columns += [f"{arm} open", "FLOPs", "at the end"]
+    table("A lock of H characters", columns, rows, width=110)
+    if not args.quick:
+        draw(detail)
+    parts.finish("lock", summary, seeds, detail)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Prefixes through the whole loop: traces collected, trained from, and a run started again."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import reroll.loop
+from reroll.cli import main
+from reroll.errors import UserError
+from reroll.loop import train
+from reroll.model.load import load_tokenizer
+from reroll.rollout.collected import Collected
+from reroll.rollout.traces import Trace, TraceStore, problem_hash
+from reroll.tasks.load import load_task
+from reroll.train.checkpoint import checkpoints
+from reroll.train.trainer import Trainer
+from reroll.types import Group
+from tests.project import (
+    Killed,
+    Project,
+    Wholes,
+    assert_same,
+    at_call,
+    kill,
+    lines_of,
+    state_of,
+    steps_of,
+)
+
+HARD = {
+    "task__graders": '[{name = "digits:three"}]', "collect__screen": 4, "collect__cap": 48,
+    "collect__wave": 4, "log__display": "off", "prefix__on": "true", "prefix__least": 1,
+    "rollout__prompts": 4, "task__eval_size": 2, "eval__every": 0, "eval__samples": 2,
+    "prefix__ladder_problems": 3, "checkpoint__keep_last": 9,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "target": {"prefix__cut": "target", "train__steps": 6},
+    "on failure": {"prefix__mode": "on_failure", "prefix__cut": "resample"},
+    "longest first": {"schedule__kind": "longest_first"},
+    "reuse": {"reuse__on": "true", "train__steps": 8},
+    "prune": {
+        "prune__on": "true", "prune__least": 2, "prune__when": "tokens", "prune__at": "[2]",
+        "prune__warmup": 1, "prune__adaptive": "false", "rollout__samples": 6,
+    },
+    "refresh": {"prefix__refresh": "true", "rollout__samples": 8, "task__train_size": 6},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the picture out: it takes longer than the training."""
+    monkeypatch.setattr(reroll.loop, "plot_run", lambda run: None)
+
+
+@pytest.fixture(scope="module")
+def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """Runs that were not interrupted."""
+    return Wholes(project_folder, lambda: tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[Group]]:
+    """The groups of each step of what is trained."""
+    found: list[list[Group]] = []
+    figures = reroll.loop.figures.rollout_metrics
+
+    def watched(collected: Collected) -> dict[str, float]:
+        found.append(collected.groups)
+        return figures(collected)
+
+    monkeypatch.setattr(reroll.loop.figures, "rollout_metrics", watched)
+    return found
+
+
+def traces_of(path: Path) -> list[Trace]:
+    with TraceStore(path, read_only=True) as store:
+        return store.traces()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_started_again_it_is_the_run_that_was_not_killed(
+    kind: str, project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = HARD | KINDS[kind]
+    reference, config = whole(**changes), project.config(**changes)
+    with monkeypatch.context() as patch:
+        at_call(patch, Trainer, "step", 4, kill, after=True)
+        with pytest.raises(Killed):
+            train(config)
+    run = project.out / "run"
+    assert max(checkpoints(run / "checkpoints")) == 2
+    train(config)
+    assert_same(run, reference)
+    assert state_of(run)["mix"] == state_of(reference)["mix"]
+    assert traces_of(run / "traces.sqlite") == traces_of(reference / "traces.sqlite")
+
+
+def test_groups_start_from_their_traces(project: Project, steps: list[list[Group]]) -> None:
+    run = train(project.config(**HARD)).path
+    traces = {trace.id: trace for trace in traces_of(run / "traces.sqlite")}
+    assert len(steps) == 4
+    for groups in steps:
+        assert [bool(group.prompt.trace) for group in groups].count(True) == 3
+        for group in groups:
+            prompt, given = group.prompt, len(group.prompt.prefix_ids)
+            if prompt.trace:
+                assert traces[prompt.trace].row == prompt.row
+                assert prompt.prefix_ids == traces[prompt.trace].token_ids[: prompt.cut]
+            for rollout in group.rollouts:
+                done = rollout.completion
+                assert tuple(done.token_ids[:given]) == prompt.prefix_ids
+                assert done.versions[:given] == [-1] * given
+                assert done.loss_mask == [False] * given + [True] * rollout.drawn
+                assert 0 < rollout.drawn <= 10
+                # the graders have read both
+                assert rollout.reward == float(sum(c.isdigit() for c in rollout.text) >= 3)
+    keys = {
+        (g.prompt.identity, r.sample, r.key_visit) for gs in steps for g in gs for r in g.rollouts
+    }
+    assert len(keys) == 16 * 4
+
+
+def test_metrics_and_ledger(whole: Wholes) -> None:
+    run = whole(**HARD)
+    lines = lines_of(run)
+    for line in lines:
+        assert (line["groups_prefixed"], line["groups_original"]) == (3.0, 1.0)
+        assert 0.4 <= line["prefix_share"] <= 0.8
+    with TraceStore(run / "traces.sqlite", read_only=True) as store:
+        spent = store.ledger()
+    before = spent["flops"]
+    for line in lines:  # from the first collected token on
+        done = sum(
+            value for key, value in line.items() if key.startswith("flops_") and "total" not in key
+        )
+        assert line["flops_total"] >= before + done * (1 - 1e-9)
+        before = line["flops_total"]
+    assert lines[0]["flops_total_paper"] > spent["flops_paper"] > 0
+    first, last = lines_of(run, "eval")
+    for record in (first, last):
+        for share in ("0", "0.2", "0.4", "0.6", "0.8"):
+            low, high = record[f"ladder@{share}_low"], record[f"ladder@{share}_high"]
+            assert 0 <= low <= record[f"ladder@{share}"] <= high <= 1
+        assert record["hard_pass@2"] >= record["hard_pass@1"] == record["ladder@0"]
+        assert 0 <= record["hard_copied"] <= 1
+    assert first["ladder@0.8"] > first["ladder@0"]
+
+
+def test_traces_of_a_file(
+    project: Project, whole: Wholes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = whole(**HARD) / "traces.sqlite"
+    run = train(project.config(**HARD, prefix__traces=path)).path
+    assert not (run / "traces.sqlite").exists()
+    assert steps_of(run) == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="no such file; `reroll collect` writes it"):
+        train(project.config("b", **HARD, prefix__traces=project.out / "none"))
+
+
+def copied(path: Path, to: Path, *changes: str) -> Path:
+    to.write_bytes(path.read_bytes())
+    with sqlite3.connect(to) as db:
+        for change in changes:
+            db.execute(change)
+    db.close()
+    return to
+
+
+def test_traces_that_cannot_be_trusted_are_refused(project: Project, whole: Wholes) -> None:
+    path, out = whole(**HARD) / "traces.sqlite", project.out
+
+    def start(name: str, *changes: str, **settings: Any) -> None:
+        file = copied(path, out / f"{name}.sqlite", *changes)
+        train(project.config(name, **HARD | {"train__steps": 1, "prefix__traces": file} | settings))
+
+    with pytest.raises(UserError, match="another tokenizer or prompt template"):
+        start("a", "UPDATE traces SET tokenizer = 'x'")
+    with pytest.raises(UserError, match="given whole, are no success to the graders that found"):
+        start("b", "UPDATE traces SET text = 'no digits'")
+    with pytest.raises(UserError, match="no trace is a success to the graders of this run"):
+        start("c", "UPDATE traces SET text = 'no digits', graders = 'others'")
+    with pytest.raises(UserError, match="no trace of a hard problem"):
+        start("d", "UPDATE problems SET solved_at = 0 WHERE solved_at IS NOT NULL")
+    with pytest.raises(UserError, match="no trace of a hard problem"):
+        start("e", prefix__least=10)
+    start("f", "UPDATE traces SET graders = 'others'")  # they still succeed
+
+
+def test_held_out_problems_are_never_trained_from(project: Project, whole: Wholes) -> None:
+    """A trace whose problem is evaluated on: by what the problem says, whatever its row."""
+    config = project.config(**HARD)
+    held = load_task(config.task, load_tokenizer(config.model)).held_out[0]
+    change = f"UPDATE traces SET problem = '{problem_hash(held)}'"
+    file = copied(whole(**HARD) / "traces.sqlite", project.out / "leaked.sqlite", change)
+    with pytest.raises(UserError, match="are of held-out problems"):
+        train(project.config(**HARD, prefix__traces=file))
+
+
+def test_a_collection_at_the_start_that_was_killed_goes_on(
+    project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = project.config(**HARD)
+    with monkeypatch.context() as patch:
+        patch.setattr(reroll.collection, "AT_ONCE", 1)
+        patch.setattr(reroll.collection, "ROUNDS", 1)
+        at_call(patch, reroll.collection, "_sample", 2, kill, after=True)
+        with pytest.raises(Killed):
+            train(config)
+    run = train(config).path
+    reference = whole(**HARD)
+    assert traces_of(run / "traces.sqlite") == traces_of(reference / "traces.sqlite")
+    ours, theirs = (
+        [json.dumps(r["ladder@0.4"]) for r in lines_of(p, "eval")] for p in (run, reference)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout__prompts": 6}, "rollout.prompts = 6: the mix 3 : 1 : 0"),
+        ({"prefix__on": "false"}, "prefix.least = 1: has no effect with prefix.on = False"),
+        ({"prefix__low": 0.9}, "prefix.low = 0.9: above prefix.high = 0.8"),
+        ({"prefix__gain": 0.1}, "prefix.gain = 0.1: has no effect with prefix.cut = 'uniform'"),
+        ({"prefix__ladder": "[1.0]"}, "prefix.ladder = [1.0]: shares of a trace"),
+        ({"collect__screen": 64}, "collect.screen = 64: more attempts than collect.cap"),
+        ({"schedule__kind": "april", "correct__mode": "tis"}, "schedule.kind = 'april'"),
+        ({"algo__name": "dapo"}, "algo.dynamic_sampling = true: groups without signal"),
+        ({"prefix__mode": "on_failure", "prefix__original": 0, "rollout__prompts": 3},
+         "prefix.original = 0: with"),
+        ({"prefix__on": "false", "sft__epochs": 1}, "sft.epochs = 1: trains on"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(
+    changes: dict[str, Any], said: str, project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(project.train(**HARD | changes)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_mistake_put_right_is_no_other_run(project: Project) -> None:
+    """The collection of a run that then would not start is there for the next try."""
+    with pytest.raises(UserError, match="no trace of a hard problem"):
+        train(project.config(**HARD | {"prefix__least": 10}))
+    assert (project.out / "run" / "traces.sqlite").exists()
+    train(project.config(**HARD))
