@@ -443,7 +443,13 @@ STEER = {
     "prefix.success": "0.4",
     "prefix.gain": "0.2",
 }
-FALL = {"prefix.on": "true", "prefix.cut": "schedule", "prefix.until": "0.5"}
+FALL = {
+    "prefix.on": "true",
+    "prefix.cut": "schedule",
+    "prefix.until": "0.5",
+    "prefix.placement": "hint",
+    "prefix.hint": "Begin: {fragment}",
+}
 PAPER = {
     "prune.on": "true",
     "prune.mode": "paper",

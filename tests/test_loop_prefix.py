@@ -46,6 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "prune__on": "true", "prune__least": 2, "prune__when": "tokens", "prune__at": "[2]",
         "prune__warmup": 1, "prune__adaptive": "false", "rollout__samples": 6,
     },
+    "hint": {"prefix__placement": "hint", "prefix__hint": "({fragment})"},
     "refresh": {"prefix__refresh": "true", "rollout__samples": 8, "task__train_size": 6},
 }  # fmt: skip
 
@@ -122,6 +123,22 @@ def test_groups_start_from_their_traces(project: Project, steps: list[list[Group
         (g.prompt.identity, r.sample, r.key_visit) for gs in steps for g in gs for r in g.rollouts
     }
     assert len(keys) == 16 * 4
+
+
+def test_hints_stand_at_the_end_of_the_problem(project: Project, steps: list[list[Group]]) -> None:
+    run = train(project.config(**HARD | KINDS["hint"])).path
+    traces = {trace.id: trace for trace in traces_of(run / "traces.sqlite")}
+    tokenizer = load_tokenizer(project.config().model)
+    hinted = [g for groups in steps for g in groups if g.prompt.trace]
+    assert len(hinted) == 12
+    for group in hinted:
+        prompt, trace = group.prompt, traces[group.prompt.trace]
+        fragment = tokenizer.decode(trace.token_ids[: prompt.cut], skip_special_tokens=True)
+        assert prompt.text.endswith(f"({fragment})")
+        assert prompt.prefix_ids == () and len(prompt.token_ids) == len(prompt.text)
+        for rollout in group.rollouts:
+            assert all(rollout.completion.loss_mask)
+            assert rollout.reward == float(sum(c.isdigit() for c in rollout.text) >= 3)
 
 
 def test_metrics_and_ledger(whole: Wholes) -> None:

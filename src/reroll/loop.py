@@ -95,7 +95,7 @@ class _Run:
         self.counted: dict[str, Any] = {}
         """the engine's counts after these steps and their evaluations"""
         self.spec = make_spec(config, parts)
-        self.source = make_source(config, parts.task, parts.start, parts.decode)
+        self.source = make_source(config, parts.task, parts.start, parts.decode, parts.tokenizer)
         self.mix = self.source if isinstance(self.source, Mix) else None
         self.collector = make_collector(config, parts, self.source, self.spec, self.decisions)
         self.audit = Audit(config, self.spec, self.reuse) if self.reuse else None

@@ -1,7 +1,7 @@
 """Traces at the start of a run: found, checked, and made into the source of its prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -12,12 +12,13 @@ from reroll.pruning import expected_rewards
 from reroll.rollout.collected import CollectSpec, grade_job
 from reroll.rollout.harvest import Origin, trace_of
 from reroll.rollout.mix import Mix
-from reroll.rollout.prefix import frozen_cuts, limit, step_ends
+from reroll.rollout.prefix import frozen_cuts, limit, step_ends, with_prefix
 from reroll.rollout.refill import has_signal
 from reroll.rollout.traces import Trace, TraceStore, Tried, problem_hash
 from reroll.tasks.load import Task
 from reroll.tasks.pool import GraderPool
-from reroll.types import Completion, Group, Purpose, Rollout, Sampling
+from reroll.tasks.prompts import Tokenizer, hinted
+from reroll.types import Completion, Group, Prompt, Purpose, Rollout, Sampling
 
 UNKNOWN = Origin("", "", "", "")
 """of a run's own successes, which no other run reads"""
@@ -136,7 +137,11 @@ def check_whole(start: Start, config: Config, task: Task, graders: GraderPool, d
 
 
 def make_source(
-    config: Config, task: Task, start: Start | None, decode: Callable[[list[int]], str]
+    config: Config,
+    task: Task,
+    start: Start | None,
+    decode: Callable[[list[int]], str],
+    tokenizer: Tokenizer,
 ) -> Stream | Mix:
     """Where a run's training prompts come from."""
     if start is None:
@@ -153,7 +158,26 @@ def make_source(
         seed=config.run.seed,
         success=lambda reward: reward >= at_least,
         ends=lambda trace: step_ends(trace, config.prefix.boundary, decode),
+        place=_as_hint(config, task, decode, tokenizer)
+        if config.prefix.placement == "hint"
+        else with_prefix,
     )
+
+
+def _as_hint(
+    config: Config, task: Task, decode: Callable[[list[int]], str], tokenizer: Tokenizer
+) -> Callable[[Prompt, Trace, int], Prompt]:
+    """Gives what is given at the end of the problem instead of as the reply's beginning."""
+
+    def place(prompt: Prompt, trace: Trace, cut: int) -> Prompt:
+        if cut <= 0:
+            return prompt
+        fragment = decode(list(trace.token_ids[:cut]))
+        hint = config.prefix.hint.replace("{fragment}", fragment)
+        made = hinted(prompt, task.problems[prompt.row], hint, config.task, tokenizer)
+        return replace(made, trace=trace.id, cut=cut)
+
+    return place
 
 
 def take_outcomes(

@@ -79,7 +79,7 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
     model = load_policy(config, folder)
     autocast = pick_autocast(config.model.autocast, model.device)
     difference = check_servable(model, slots=min(2, config.engine.slots), autocast=autocast)
-    engine = make_engine(config, model, task, autocast, start.longest if start else 0)
+    engine = make_engine(config, model, task, autocast, _given(config, start))
     cost = cost_model(model)
     trainer = make_trainer(config, model, autocast, _shares(config, model, autocast))
     restored = checkpoint.load(folder, trainer) if folder else {}
@@ -120,6 +120,13 @@ def prepare(config: Config, run: RunDir | None, step: int | None) -> Iterator[Pa
             notes=notes,
             restored=restored,
         )
+
+
+def _given(config: Config, start: Start | None) -> int:
+    """Tokens that a prompt may be longer for what it is given; a hint's text has its own."""
+    if start is None:
+        return 0
+    return start.longest + len(config.prefix.hint.encode()) * (config.prefix.placement == "hint")
 
 
 @contextmanager

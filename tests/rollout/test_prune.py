@@ -1124,3 +1124,17 @@ def test_what_the_plain_check_of_schedules_says(model: Any) -> None:
         for _ in range(4):
             run.run(1)
             check(run.buffer)
+
+
+# --- prefixes -------------------------------------------------------------------------------------
+
+
+def test_places_are_counted_in_tokens_drawn() -> None:
+    """What is given says nothing of what comes of it, and moves no probe nearer."""
+    given = Prompt(0, "", (1,), prefix_ids=(7, END, 8, END, 9), trace=5, cut=5)
+    tokens = Pruned(tailed(), **RANDOM).pruner.watch(given)
+    plain = Pruned(tailed(), **RANDOM).pruner.watch(PLAIN)
+    assert tokens is not None and plain is not None
+    assert tokens.at == tuple(5 + at for at in plain.at) != ()
+    steps = Pruned(tailed(), **but(RANDOM, when="steps", at=[2])).pruner.watch(given)
+    assert steps is not None and steps.steps == (4,)

@@ -603,3 +603,39 @@ def test_metrics_without_any_past(make: Make) -> None:
     reuse = make()
     reuse.start(PROMPT, 0, 3)
     assert set(reuse.metrics([group(0)], 5).values()) == {0.0}
+
+
+# --- prefixes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_drafts_are_kept_by_cut_and_begin_after_what_is_given(rule: str, make: Make) -> None:
+    reuse, cuts = make(rule=rule), (2, 3)
+    prompts = {cut: replace(PROMPT, prefix_ids=(5,) * cut, trace=9, cut=cut) for cut in cuts}
+    texts = {cut: [[5] * cut + [10 * cut + i, 40 + i, 50 + i] for i in range(2)] for cut in cuts}
+    for cut, prompt in prompts.items():
+        done = [rollout(i, 0, prompt=prompt, ids=text) for i, text in enumerate(texts[cut])]
+        remember(reuse, [Group(prompt, done)])
+    remember(reuse, [group(0, 2)])  # the problem itself
+    for cut, prompt in prompts.items():
+        starts = reuse.start(prompt, 1, 2)
+        offered = [list(draft.token_ids) for draft in starts[0].drafts]
+        own = texts[cut][:1] if rule == "lenient" else texts[cut]
+        assert offered == [text[cut:] for text in own]
+        for draft in starts[0].drafts:
+            assert len(draft.logprobs) == (len(draft.token_ids) if rule == "lenient" else 0)
+    plain = [list(draft.token_ids) for draft in reuse.start(PROMPT, 1, 2)[0].drafts]
+    assert all(len(ids) == 5 and 5 not in ids for ids in plain)
+
+
+def test_what_is_reused_is_counted_in_tokens_drawn(make: Make) -> None:
+    reuse, prompt = make(), replace(PROMPT, prefix_ids=(5, 5, 5), trace=9, cut=3)
+    old = rollout(0, 0, prompt=prompt, ids=[5, 5, 5, 11, 12, 13, 14])
+    remember(reuse, [Group(prompt, [old])])
+    reuse.start(prompt, 1, 2)
+    whole = rollout(0, 1, prompt=prompt, ids=[5, 5, 5, 11, 12, 13, 14], walked=3, accepted=3)
+    half = rollout(1, 1, prompt=prompt, ids=[5, 5, 5, 11, 12, 99, 98], walked=2, accepted=2)
+    found = reuse.metrics([Group(prompt, [whole, half])], 20)
+    assert found["reused_tokens"] == 5 / 8
+    assert found["accept_prefix"] == (1 + 2 / 4) / 2
+    assert found["full_reuse"] == found["duplicates"] == 1 / 2

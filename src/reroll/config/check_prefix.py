@@ -66,6 +66,10 @@ def _cuts(config: "Config") -> str | None:
         return f"prefix.ladder = {prefix.ladder}: shares of a trace, in [0, 1)"
     if prefix.low > prefix.high:
         return f"prefix.low = {prefix.low:g}: above prefix.high = {prefix.high:g}"
+    if prefix.placement == "continuation" and prefix.hint != default.hint:
+        return "prefix.hint: has no effect with prefix.placement = 'continuation'; it needs 'hint'"
+    if "{fragment}" not in prefix.hint:
+        return f"prefix.hint = {prefix.hint!r}: needs {{fragment}}, where the trace begins"
     uses = {
         "low": ("uniform", "resample", "step"),
         "per_trace": ("uniform", "step"),

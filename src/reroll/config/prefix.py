@@ -75,6 +75,15 @@ class PrefixSection(Section):
         default="always",
         description="on_failure: a prefix only after a group without any success",
     )
+    placement: Literal["continuation", "hint"] = Field(
+        default="continuation",
+        description="an unfinished reply that is gone on with; a hint at the end of the problem "
+        "(POPE, QuestA), for comparison: the reply begins anew",
+    )
+    hint: str = Field(
+        default="\n\nThe beginning of a solution:\n{fragment}\n\n",
+        description="hint: text after the problem, with {fragment} in it",
+    )
     retire: float = Field(
         default=0.9,
         gt=0,
@@ -92,7 +101,7 @@ class PrefixSection(Section):
         default=False, description="successes without prefix take the place of their trace"
     )
 
-    @field_validator("boundary")
+    @field_validator("boundary", "hint")
     @classmethod
     def _from_a_shell(cls, text: str) -> str:
         """`--prefix.boundary '\\n'` means a new line."""

@@ -57,7 +57,7 @@ class Mix:
 
     hard: problems with a trace each, `traces` by row. easy: others. batch: prompts of an update.
     steps: updates of the run. ends: places where steps of a trace end. success: what a reward
-    counts as. Everything else as in `PrefixSection`.
+    counts as. place: a problem, a trace and a cut to a prompt. All else as in `PrefixSection`.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ class Mix:
         seed: int,
         success: Callable[[float], bool],
         ends: Callable[[Trace], Sequence[int]] = lambda trace: (),
+        place: Callable[[Prompt, Trace, int], Prompt] = prefix.with_prefix,
     ) -> None:
         self.config, self.seed, self.batch, self.steps = config, seed, batch, steps
-        self.success, self.ends = success, ends
+        self.success, self.ends, self.place = success, ends, place
         self.hard = {prompt.row: prompt for prompt in hard}
         self.easy = {prompt.row: prompt for prompt in easy}
         self.traces = dict(traces)
@@ -128,7 +129,7 @@ class Mix:
         if prompt is None or not trace:
             return prompt
         found = self._all.get(trace)
-        return found and prefix.with_prefix(prompt, found, cut)
+        return found and self.place(prompt, found, cut)
 
     def _next(self, place: int) -> Prompt:
         at, part = place % self.batch, PARTS[-1]
@@ -175,14 +176,14 @@ class Mix:
         self.given[row] += 1
         if config.cut in ("uniform", "step"):
             cuts = self.cuts(trace)  # each in turn; not every problem begins with its shortest
-            return prefix.with_prefix(prompt, trace, cuts[(row + before) % len(cuts)])
+            return self.place(prompt, trace, cuts[(row + before) % len(cuts)])
         if config.cut == "schedule":
             share = prefix.scheduled_share(config, place / self.batch / self.steps)
         elif config.cut == "resample":
             share = prefix.drawn_share(config, self.seed, row, before)
         else:
             share = self.known[row].share
-        return prefix.with_prefix(prompt, trace, prefix.cut_at(trace, config, share))
+        return self.place(prompt, trace, prefix.cut_at(trace, config, share))
 
     def cuts(self, trace: Trace) -> list[int]:
         """Where a trace is cut, under the rules that draw this once."""

@@ -21,6 +21,8 @@ class Task:
     graders: list[GraderSpec]
     notes: list[str] = field(default_factory=list)
     """lines for the user: what was dropped, and settings without effect"""
+    problems: dict[int, Problem] = field(default_factory=dict)
+    """of the training split, by row"""
 
 
 def load_task(config: TaskSection, tokenizer: Tokenizer) -> Task:
@@ -37,7 +39,8 @@ def load_task(config: TaskSection, tokenizer: Tokenizer) -> Task:
         notes.append(f"task.system is not used: {why}")
     train = _prompts(problems.train, "training", config, tokenizer, notes)
     held_out = _prompts(problems.held_out, "held-out", config, tokenizer, notes)
-    return Task(train, _disjoint(train, held_out, notes), graders, notes)
+    rows = {problem.row: problem for problem in problems.train}
+    return Task(train, _disjoint(train, held_out, notes), graders, notes, rows)
 
 
 def _check_answers(problems: list[Problem]) -> None:

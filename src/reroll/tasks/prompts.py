@@ -1,6 +1,7 @@
 """From a problem to the tokens that the model reads: template, chat template, tokenizer."""
 
 import re
+from dataclasses import replace
 from typing import Any, Protocol
 
 from reroll.config import TaskSection
@@ -48,6 +49,20 @@ def make_prompt(problem: Problem, config: TaskSection, tokenizer: Tokenizer) -> 
             "see task.template and the tokenizer"
         )
     return Prompt(problem.row, text, tuple(ids), problem.answer, problem.columns)
+
+
+def hinted(
+    prompt: Prompt, problem: Problem, hint: str, config: TaskSection, tokenizer: Tokenizer
+) -> Prompt:
+    """The prompt of a problem with a hint behind it; the same row, answer and columns."""
+    if uses_chat(config, tokenizer):
+        content = _fill(config.template, problem, config) if config.template else problem.text
+        text = _render_chat(content + hint, config, tokenizer)
+        return replace(
+            prompt, text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False))
+        )
+    text = prompt.text + hint
+    return replace(prompt, text=text, token_ids=tuple(_encode(text, tokenizer)))
 
 
 def _fill(template: str, problem: Problem, config: TaskSection) -> str:
