@@ -17,7 +17,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import reasoning_gym
@@ -69,7 +69,11 @@ def solution(style: str, expression: str, rng: random.Random) -> str:
 
 
 def lessons(
-    seed: int, terms: tuple[int, int], styles: dict[str, float], tokenizer: PreTrainedTokenizerFast
+    seed: int,
+    terms: tuple[int, int],
+    styles: dict[str, float],
+    tokenizer: PreTrainedTokenizerFast,
+    write: Callable[[str, str, random.Random], str] = solution,
 ) -> Iterator[tuple[list[int], int]]:
     """Endless (token ids, length of the prompt), styles and problems drawn from `seed`."""
     rng = random.Random(seed)
@@ -87,7 +91,7 @@ def lessons(
             expression = problem["metadata"]["expression"]
             style = rng.choices(list(styles), weights=list(styles.values()))[0]
             prompt = tokenizer.encode(f"{expression} =\n", add_special_tokens=False)
-            reply = tokenizer.encode(solution(style, expression, rng), add_special_tokens=False)
+            reply = tokenizer.encode(write(style, expression, rng), add_special_tokens=False)
             yield [*prompt, *reply, tokenizer.eos_token_id], len(prompt)
 
 
