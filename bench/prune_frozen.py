@@ -31,7 +31,7 @@ from reroll.setup import Parts as RunParts
 from reroll.setup import prepare
 from reroll.train.forwards import Shares
 from reroll.train.trainer import Trainer
-from reroll.types import Group, Look, Purpose, Watch
+from reroll.types import Group, Look, Prompt, Purpose, Watch
 
 AT = (8, 16, 24, 32)
 DECIDED = 16
@@ -68,7 +68,7 @@ class Recorder(StopsNone):
     ends: frozenset[int]
     seen: dict[tuple[int, int], dict[int, Probed]] = field(default_factory=dict)
 
-    def watch(self) -> Watch:
+    def watch(self, prompt: Prompt) -> Watch:
         """Every place."""
         return Watch(at=AT, entropy=True)
 
