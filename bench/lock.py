@@ -35,8 +35,7 @@ PROBLEMS = 16
 ARMS = ("rl8", "prefix")
 PICTURE = Path(__file__).parent.parent / "docs" / "techniques" / "prefix_lock.png"
 COMMON = {
-    "model.path": "policy", "task.source": "jsonl", "task.name": "locks.jsonl",
-    "task.train_size": "8", "task.eval_size": "8",
+    "task.source": "jsonl", "task.train_size": "8", "task.eval_size": "8",
     "task.graders": '[{name = "bench.lock:opened"}]',
     "rollout.prompts": "32", "algo.name": "dr_grpo", "train.learning_rate": "3e-3",
     "train.warmup": "0", "eval.samples": "8", "eval.greedy": "false", "log.display": "off",

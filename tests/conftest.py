@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.project import Project
+from tests.project import Project, Wholes
 
 torch.set_num_threads(1)
 # the same examples every time, and no limit on how long a busy machine takes over one
@@ -32,3 +32,9 @@ def project(project_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(project_folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return Project(project_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
+    """Runs that were not interrupted."""
+    return Wholes(project_folder, lambda: tmp_path_factory.mktemp("whole"))

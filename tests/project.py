@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from reroll import figures
 from reroll.cli import parse_overrides
 from reroll.config import Config, load_config
 from reroll.loop import train
+from reroll.rollout.collected import Collected
 from reroll.train.checkpoint import checkpoints
+from reroll.train.trainer import Trainer
+from reroll.types import Group
 
 ROOT = Path(__file__).parents[1]
 
@@ -221,3 +225,33 @@ def at_call(
 
     monkeypatch.setattr(owner, name, wrapped)
     return calls
+
+
+def killed_and_gone_on(
+    project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> tuple[Path, Path]:
+    """Kill a run after its fourth update and start it again: it must be the run that was not
+    killed. Returns both, for what else there is to compare."""
+    reference, config = whole(**changes), project.config(**changes)
+    with monkeypatch.context() as patch:
+        at_call(patch, Trainer, "step", 4, kill, after=True)
+        with pytest.raises(Killed):
+            train(config)
+    run = project.out / "run"
+    assert max(checkpoints(run / "checkpoints")) == 2
+    train(config)
+    assert_same(run, reference)
+    return run, reference
+
+
+def watch_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[Group]]:
+    """The groups of each step of what is trained from now on."""
+    found: list[list[Group]] = []
+    metrics = figures.rollout_metrics
+
+    def watched(collected: Collected) -> dict[str, float]:
+        found.append(collected.groups)
+        return metrics(collected)
+
+    monkeypatch.setattr(figures, "rollout_metrics", watched)
+    return found

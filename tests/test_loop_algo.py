@@ -38,7 +38,7 @@ from tests.project import (
     Wholes,
     assert_same,
     at_call,
-    kill,
+    killed_and_gone_on,
     lines_of,
     records,
     state_of,
@@ -113,12 +113,6 @@ KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the picture out: it takes longer than the training."""
     monkeypatch.setattr(reroll.loop, "plot_run", lambda run: None)
-
-
-@pytest.fixture(scope="module")
-def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
-    """Runs that were not interrupted."""
-    return Wholes(project_folder, lambda: tmp_path_factory.mktemp("whole"))
 
 
 def newest(run: Path) -> Path:
@@ -398,16 +392,7 @@ def test_killed_and_started_again_it_is_the_run_that_was_not_killed(
     kind: str, project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, files = KINDS[kind]
-    config = project.config(**SCHEDULES | changes)
-    reference = whole(**SCHEDULES | changes)
-    with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "step", 4, kill, after=True)
-        with pytest.raises(Killed):
-            train(config)
-    run = project.out / "run"
-    assert max(checkpoints(run / "checkpoints")) == 2
-    train(config)
-    assert_same(run, reference)
+    run, _ = killed_and_gone_on(project, whole, monkeypatch, **SCHEDULES | changes)
     assert steps_of(run) == [1, 2, 3, 4]
     # what is compared is all there is
     model = set() if "adapter_model" in files else {"model"}

@@ -12,22 +12,20 @@ from reroll.cli import main
 from reroll.errors import UserError
 from reroll.loop import train
 from reroll.model.load import load_tokenizer
-from reroll.rollout.collected import Collected
 from reroll.rollout.traces import Trace, TraceStore, problem_hash
 from reroll.tasks.load import load_task
-from reroll.train.checkpoint import checkpoints
-from reroll.train.trainer import Trainer
 from reroll.types import Group
 from tests.project import (
     Killed,
     Project,
     Wholes,
-    assert_same,
     at_call,
     kill,
+    killed_and_gone_on,
     lines_of,
     state_of,
     steps_of,
+    watch_groups,
 )
 
 HARD = {
@@ -46,6 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "prune__on": "true", "prune__least": 2, "prune__when": "tokens", "prune__at": "[2]",
         "prune__warmup": 1, "prune__adaptive": "false", "rollout__samples": 6,
     },
+    "sft": {"sft__epochs": 2, "prefix__prefixed": 0},
     "hint": {"prefix__placement": "hint", "prefix__hint": "({fragment})"},
     "refresh": {"prefix__refresh": "true", "rollout__samples": 8, "task__train_size": 6},
 }  # fmt: skip
@@ -57,24 +56,10 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reroll.loop, "plot_run", lambda run: None)
 
 
-@pytest.fixture(scope="module")
-def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
-    """Runs that were not interrupted."""
-    return Wholes(project_folder, lambda: tmp_path_factory.mktemp("whole"))
-
-
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[Group]]:
     """The groups of each step of what is trained."""
-    found: list[list[Group]] = []
-    figures = reroll.loop.figures.rollout_metrics
-
-    def watched(collected: Collected) -> dict[str, float]:
-        found.append(collected.groups)
-        return figures(collected)
-
-    monkeypatch.setattr(reroll.loop.figures, "rollout_metrics", watched)
-    return found
+    return watch_groups(monkeypatch)
 
 
 def traces_of(path: Path) -> list[Trace]:
@@ -86,16 +71,7 @@ def traces_of(path: Path) -> list[Trace]:
 def test_killed_and_started_again_it_is_the_run_that_was_not_killed(
     kind: str, project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = HARD | KINDS[kind]
-    reference, config = whole(**changes), project.config(**changes)
-    with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "step", 4, kill, after=True)
-        with pytest.raises(Killed):
-            train(config)
-    run = project.out / "run"
-    assert max(checkpoints(run / "checkpoints")) == 2
-    train(config)
-    assert_same(run, reference)
+    run, reference = killed_and_gone_on(project, whole, monkeypatch, **HARD | KINDS[kind])
     assert state_of(run)["mix"] == state_of(reference)["mix"]
     assert traces_of(run / "traces.sqlite") == traces_of(reference / "traces.sqlite")
 
@@ -204,6 +180,9 @@ def test_traces_that_cannot_be_trusted_are_refused(project: Project, whole: Whol
         start("d", "UPDATE problems SET solved_at = 0 WHERE solved_at IS NOT NULL")
     with pytest.raises(UserError, match="no trace of a hard problem"):
         start("e", prefix__least=10)
+    with pytest.raises(UserError, match=r"prefix.easy = 4: .* has no problem that was solved"):
+        solved = "UPDATE problems SET solved_at = 9 WHERE solved_at IS NOT NULL"
+        start("g", solved, prefix__easy=4, rollout__prompts=8)
     start("f", "UPDATE traces SET graders = 'others'")  # they still succeed
 
 

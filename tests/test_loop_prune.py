@@ -17,24 +17,21 @@ from reroll.engine.local import LocalEngine
 from reroll.errors import UserError
 from reroll.loop import train
 from reroll.pruning import ARMS
-from reroll.rollout.collected import Collected
 from reroll.rollout.prune import Pruner
 from reroll.scheduling import make_pruner
 from reroll.setup import prepare
 from reroll.train.checkpoint import checkpoints
-from reroll.train.trainer import Trainer
 from reroll.types import Group, Rollout
 from tests.project import (
-    Killed,
     Project,
     Wholes,
-    assert_same,
     at_call,
-    kill,
+    killed_and_gone_on,
     lines_of,
     records,
     state_of,
     steps_of,
+    watch_groups,
     weights,
 )
 
@@ -91,12 +88,6 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalEngine, "measure", lambda engine: CHEAP)
 
 
-@pytest.fixture(scope="module")
-def whole(project_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
-    """Runs that were not interrupted."""
-    return Wholes(project_folder, lambda: tmp_path_factory.mktemp("whole"))
-
-
 class Run(NamedTuple):
     """A run, and the groups of each of its steps."""
 
@@ -117,14 +108,7 @@ class Run(NamedTuple):
 @pytest.fixture
 def run(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Trains a run of that name, and watches what it is trained on."""
-    steps: list[list[Group]] = []
-    figures = reroll.loop.figures.rollout_metrics
-
-    def watched(collected: Collected) -> dict[str, float]:
-        steps.append(collected.groups)
-        return figures(collected)
-
-    monkeypatch.setattr(reroll.loop.figures, "rollout_metrics", watched)
+    steps = watch_groups(monkeypatch)
 
     def run_(name: str = "run", **changes: Any) -> Run:
         steps.clear()
@@ -149,16 +133,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_killed_and_started_again_it_is_the_run_that_was_not_killed(
     kind: str, project: Project, whole: Wholes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = SHORT | KINDS[kind]
-    reference, config = whole(**changes), project.config(**changes)
-    with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "step", 4, kill, after=True)
-        with pytest.raises(Killed):
-            train(config)
-    run = project.out / "run"
-    assert max(checkpoints(run / "checkpoints")) == 2
-    train(config)
-    assert_same(run, reference)
+    run, reference = killed_and_gone_on(project, whole, monkeypatch, **SHORT | KINDS[kind])
     assert steps_of(run) == [1, 2, 3, 4]
     assert state_of(run)["prune"] == state_of(reference)["prune"]
     assert rows(run) == rows(reference)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from reroll.config import Config, settings
+from reroll.evaluate import success_rate
 from reroll.ledger import Ledger
 from reroll.model.digest import tokenizer_digest, weights_digest
 from reroll.rollout.collect import collect
@@ -48,7 +49,7 @@ def gather(
     """
     problems = parts.task.train[: config.collect.problems or None]
     store.claim(_claims(config))
-    origin = origin_of(config, parts)
+    origin = _origin_of(config, parts)
     tried = {p.row: Tried(p.row, problem_hash(p)) for p in problems} | store.tried()
     while True:
         open_ = [p for p in problems if _is_open(tried[p.row], config)]
@@ -164,17 +165,12 @@ def probe(
             config, parts, some, [0] * len(some), Purpose.AUDIT, config.rollout.samples
         )
         store.add([], [], spent)
-        rates = [_rate(group, config) for group in groups]
+        rates = [success_rate(group, config.eval.correct_at) for group in groups]
         found[f"success_{name}"] = sum(rates) / len(rates)
         found[f"live_{name}"] = sum(0 < rate < 1 for rate in rates) / len(rates)
         drawn = [r.drawn for group in groups for r in group.rollouts]
         found[f"length_{name}"] = sum(drawn) / len(drawn)
     return found
-
-
-def _rate(group: Group, config: Config) -> float:
-    correct = [(r.reward or 0.0) >= config.eval.correct_at for r in group.rollouts]
-    return sum(correct) / len(correct)
 
 
 # --- what it was made with ------------------------------------------------------------------------
@@ -184,7 +180,7 @@ def _claims(config: Config) -> dict[str, Any]:
     return {key: value for key, value in settings(config) if key.startswith(MATTERS)}
 
 
-def origin_of(config: Config, parts: Parts) -> Origin:
+def _origin_of(config: Config, parts: Parts) -> Origin:
     """What a trace written now says of its writer."""
     sampling = {"temperature": config.rollout.temperature, "max_tokens": config.rollout.max_tokens}
     return Origin(

@@ -55,8 +55,13 @@ def evaluate(
         once = replace(spec, samples=1, sampling=greedily, label=f"eval-{step}-greedy")
         greedy = collect(engine, graders, decode, prompts, visits, once, progress).groups
         rewards = [_reward(group.rollouts[0]) for group in greedy]
-        metrics |= _with_interval("greedy_reward", rewards)
+        metrics |= with_interval("greedy_reward", rewards)
     return metrics
+
+
+def success_rate(group: Group, correct_at: float) -> float:
+    """Share of its rollouts that count as correct; one without a grade does not."""
+    return fmean(_reward(rollout) >= correct_at for rollout in group.rollouts)
 
 
 def _statistics(
@@ -67,21 +72,21 @@ def _statistics(
 ) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     means = [fmean(map(_reward, group.rollouts)) for group in groups]
-    metrics = _with_interval("reward", means)
+    metrics = with_interval("reward", means)
     correct = [[_reward(r) >= correct_at for r in group.rollouts] for group in groups]
     samples = len(groups[0].rollouts)
-    for k in _powers_of_two(samples):
+    for k in powers_of_two(samples):
         chances = [pass_at_k(samples, sum(marks), k) for marks in correct]
-        metrics |= _with_interval(f"pass@{k}", chances)
+        metrics |= with_interval(f"pass@{k}", chances)
     answers = [[extract(r.text) for r in group.rollouts] for group in groups]
     majority = [majority_at_k(said, marks) for said, marks in zip(answers, correct, strict=True)]
-    metrics |= _with_interval(f"maj@{samples}", majority)
+    metrics |= with_interval(f"maj@{samples}", majority)
     if voter is not None:
         weights = [voter.weights(group.rollouts) for group in groups]
         votes = [vote_at_k(*each) for each in zip(answers, weights, correct, strict=True)]
-        metrics |= _with_interval(f"vote@{samples}", votes)
+        metrics |= with_interval(f"vote@{samples}", votes)
         gains = [a - b for a, b in zip(votes, majority, strict=True)]
-        metrics |= _with_interval(f"vote@{samples} - maj@{samples}", gains)
+        metrics |= with_interval(f"vote@{samples} - maj@{samples}", gains)
     truncated = fmean(r.completion.finish is Finish.LENGTH for r in rollouts)
     return metrics | {
         "length": fmean(r.drawn for r in rollouts),
@@ -92,7 +97,8 @@ def _statistics(
     }
 
 
-def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean over problems, and its interval as `name_low` and `name_high`."""
     low, high = bootstrap_interval(values)
     return {name: fmean(values), f"{name}_low": low, f"{name}_high": high}
 
@@ -102,5 +108,6 @@ def _reward(rollout: Rollout) -> float:
     return rollout.reward if rollout.reward is not None else 0.0
 
 
-def _powers_of_two(limit: int) -> list[int]:
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... up to the limit."""
     return [2**i for i in range(limit.bit_length())]

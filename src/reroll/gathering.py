@@ -53,8 +53,12 @@ def collect_traces(
             )
             console.print(f"Of {take[1]} solutions {take[0]} are successes to the graders")
         else:
-            with _progress(console, config) as say:
-                gather(config, parts, store, say)
+            try:
+                with _progress(console, config) as say:
+                    gather(config, parts, store, say)
+            except KeyboardInterrupt:
+                console.print("stopped; the same command goes on after the last whole wave")
+                raise
         report = _report(config, store)
     if probes and (report["hard"] or report["imported"]):
         with prepare(_with(config, True), None, None) as parts, TraceStore(path) as store:

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from reroll.collection import origin_of
 from reroll.config import Config
 from reroll.errors import UserError
+from reroll.model.digest import tokenizer_digest
 from reroll.rollout.collected import CollectSpec, grade_job
 from reroll.rollout.harvest import Origin, trace_of
 from reroll.rollout.store import prompt_hash
 from reroll.rollout.traces import Trace, TraceStore
 from reroll.setup import Parts
+from reroll.tasks.grade import grader_digest, graders_of
 from reroll.types import Completion, Finish, Prompt, Purpose, Rollout, Sampling
 
 
@@ -47,9 +48,7 @@ def import_texts(config: Config, parts: Parts, store: TraceStore, path: Path) ->
             )
         ids: list[int] = parts.tokenizer.encode(one["text"], add_special_tokens=False)
         found.append(_rollout(prompt, ids + end, one["text"]))
-    origin = origin_of(config, parts)
-    writer = Origin("{}", "", origin.tokenizer, origin.graders)
-    return _take(config, parts, store, found, writer, "imported, retokenized"), len(found)
+    return _take(config, parts, store, found, "imported, retokenized"), len(found)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -86,10 +85,8 @@ def import_run(config: Config, parts: Parts, store: TraceStore, run: Path) -> tu
         if (prompt := names.get(name)) is not None and prompt.row not in first:
             ids = np.frombuffer(packed, np.int32).tolist()
             first[prompt.row] = _rollout(prompt, ids, parts.decode(ids))
-    origin = origin_of(config, parts)
-    writer = Origin("{}", "", origin.tokenizer, origin.graders)
     found = list(first.values())
-    return _take(config, parts, store, found, writer, "training"), len(found)
+    return _take(config, parts, store, found, "training"), len(found)
 
 
 def _rollout(prompt: Prompt, ids: list[int], text: str) -> Rollout:
@@ -101,10 +98,12 @@ def _take(
     parts: Parts,
     store: TraceStore,
     rollouts: Sequence[Rollout],
-    writer: Origin,
     source: str,
 ) -> int:
-    """Grade them; those that succeed are traces."""
+    """Grade them; those that succeed are traces, by whom is not known."""
+    task = config.task
+    digests = tokenizer_digest(task, parts.tokenizer), grader_digest(graders_of(task), task)
+    writer = Origin("{}", "", *digests)
     spec = CollectSpec(Purpose.COLLECT, config.run.seed, 1, Sampling(1), label="imported")
     for number, rollout in enumerate(rollouts):
         parts.graders.submit(grade_job(rollout, number, spec))

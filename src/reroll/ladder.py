@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from reroll.algo.passk import bootstrap_interval, pass_at_k
+from reroll.algo.passk import pass_at_k
 from reroll.config import Config
+from reroll.evaluate import powers_of_two, success_rate, with_interval
 from reroll.rollout.collect import collect
 from reroll.rollout.collected import CollectSpec
 from reroll.rollout.prefix import with_prefix
@@ -46,10 +47,8 @@ def climb(config: Config, parts: Parts, step: int) -> dict[str, float]:
         ]
         visits = [0] * len(prompts)
         groups = collect(parts.engine, parts.graders, parts.decode, prompts, visits, spec).groups
-        rates = [_rate(group, config) for group in groups]
-        low, high = bootstrap_interval(rates)
-        name = f"ladder@{share:g}"
-        metrics |= {name: fmean(rates), f"{name}_low": low, f"{name}_high": high}
+        rates = [success_rate(group, config.eval.correct_at) for group in groups]
+        metrics |= with_interval(f"ladder@{share:g}", rates)
         if share == 0:
             metrics |= _without(groups, traces, config)
     return metrics
@@ -57,11 +56,12 @@ def climb(config: Config, parts: Parts, step: int) -> dict[str, float]:
 
 def _without(groups: Sequence[Group], traces: Sequence[Trace], config: Config) -> dict[str, float]:
     """What is asked of the lowest rung alone."""
-    count, metrics, k = config.eval.samples, {}, 1
-    right = [round(_rate(group, config) * len(group.rollouts)) for group in groups]
-    while k <= count:
+    count, metrics = config.eval.samples, {}
+    right = [
+        round(success_rate(group, config.eval.correct_at) * len(group.rollouts)) for group in groups
+    ]
+    for k in powers_of_two(count):
         metrics[f"hard_pass@{k}"] = fmean(pass_at_k(count, hits, k) for hits in right)
-        k *= 2
     copied = [
         copied_share(rollout.completion.token_ids, trace.token_ids)
         for group, trace in zip(groups, traces, strict=True)
@@ -78,7 +78,3 @@ def copied_share(written: Sequence[int], trace: Sequence[int], words: int = WORD
         if tuple(written[i : i + words]) in known:
             marked[i : i + words] = [True] * words
     return sum(marked) / max(1, len(written))
-
-
-def _rate(group: Group, config: Config) -> float:
-    return fmean((r.reward or 0.0) >= config.eval.correct_at for r in group.rollouts)

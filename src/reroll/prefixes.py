@@ -89,6 +89,11 @@ def read_traces(config: Config, task: Task, tokenizer: str) -> Start:
         )
     first = {trace.row: trace for trace in reversed(usable)}
     rows = {trace.row for trace in mine} - {trace.row for trace in hard}
+    if config.prefix.easy and not rows:
+        raise UserError(
+            f"prefix.easy = {config.prefix.easy}: {path} has no problem that was solved while "
+            "screening; set it to 0"
+        )
     return Start(sorted(first.values(), key=lambda t: t.row), sorted(rows), spent, notes)
 
 

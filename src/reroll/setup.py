@@ -126,7 +126,9 @@ def _given(config: Config, start: Start | None) -> int:
     """Tokens that a prompt may be longer for what it is given; a hint's text has its own."""
     if start is None:
         return 0
-    return start.longest + len(config.prefix.hint.encode()) * (config.prefix.placement == "hint")
+    prefix = config.prefix
+    longest = max(start.longest, config.rollout.max_tokens if prefix.refresh else 0)
+    return longest + len(prefix.hint.encode()) * (prefix.placement == "hint")
 
 
 @contextmanager

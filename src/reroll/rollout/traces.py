@@ -236,12 +236,6 @@ class TraceStore:
                 (spent or {}).items(),
             )
 
-    def regrade(self, rewards: dict[int, float], graders: str) -> None:
-        """Grades of these traces, by id, of other graders than before."""
-        rows = [(reward, graders, one) for one, reward in rewards.items()]
-        with self._transaction():
-            self._db.executemany("UPDATE traces SET reward = ?, graders = ? WHERE id = ?", rows)
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._errors():
