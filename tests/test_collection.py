@@ -127,6 +127,17 @@ def test_waves_are_whole(project: Project) -> None:
     assert {one.attempts for one in tried.values() if one.solved_at is None} == {8}
 
 
+def test_enough_traces_end_it_and_more_can_be_asked_for(whole: Path, project: Project) -> None:
+    some = collected(collect(project, collect__traces=2, engine__slots=1, collect__wave=4))
+    all_of_them = collected(whole)
+    hard = [trace for trace in some[0] if trace.attempt >= 4]
+    assert 2 <= len(hard) < sum(trace.attempt >= 4 for trace in all_of_them[0])
+    assert some[2]["rollouts"] < all_of_them[2]["rollouts"]
+    assert some[0] == [t for t in all_of_them[0] if t.row in {trace.row for trace in some[0]}]
+    again = collected(collect(project, collect__traces=0))
+    assert (again[0], set(again[1])) == (all_of_them[0], set(all_of_them[1]))
+
+
 def test_more_attempts_can_be_asked_for_later(whole: Path, project: Project) -> None:
     short = collect(project, collect__cap=8)
     some = collected(short)
@@ -176,6 +187,8 @@ def test_the_command(project: Project, capsys: pytest.CaptureFixture[str]) -> No
         assert report["problems_probed"] == min(4, len(hard))
         assert 0 <= report["live_original"] <= 1
         assert "a live group costs" in said
+        assert "Sampling these traces cost as much" in said or "can hardly pay" in said
+        assert report["open"] == 0 < report["worth"] <= report["attempts"]
         assert str(out) in said
         assert len(traces) == report["easy"] + report["hard"]
         # again: nothing is left to do

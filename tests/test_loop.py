@@ -44,6 +44,7 @@ from tests.project import (
     records,
     state_of,
     steps_of,
+    weights,
 )
 
 RICH = {
@@ -196,6 +197,22 @@ def test_more_steps_go_on(project: Project, whole: Wholes) -> None:
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_flops_end_a_run(project: Project, whole: Wholes) -> None:
+    """After the step that reaches them, with its evaluation and checkpoint; more goes on."""
+    reference = whole(train__steps=5)
+    spent = {line["step"]: line["flops_total_paper"] for line in lines_of(reference)}
+    limit = (spent[2] + spent[3]) / 2
+    run = train(project.config(train__steps=5, train__flops=limit)).path
+    assert steps_of(run) == [1, 2, 3]
+    assert steps_of(run, "eval")[-1] == max(checkpoints(run / "checkpoints")) == 3
+    assert main(project.train(train__steps=5, train__flops=limit)) == 0
+    assert lines_of(run)[-1]["step"] == 3
+    assert main(project.train(train__steps=5, train__flops=limit / 2)) == 2
+    assert main(project.train(train__steps=5)) == 0
+    ours, theirs = weights(run), weights(reference)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_the_seed_decides(project: Project) -> None:
     runs = {name: train(project.config(name)).path for name in ("a", "b")}
     assert_same(runs["a"], runs["b"])

@@ -46,6 +46,10 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "sft": {"sft__epochs": 2, "prefix__prefixed": 0},
     "hint": {"prefix__placement": "hint", "prefix__hint": "({fragment})"},
+    "untraced": {
+        "prefix__untraced": "true", "collect__traces": 2, "prefix__refresh": "true",
+        "collect__wave": 1, "engine__slots": 1, "prefix__prefixed": 1, "train__steps": 8,
+    },
     "refresh": {"prefix__refresh": "true", "rollout__samples": 8, "task__train_size": 6},
 }  # fmt: skip
 
@@ -228,6 +232,8 @@ def test_a_collection_at_the_start_that_was_killed_goes_on(
         ({"algo__name": "dapo"}, "algo.dynamic_sampling = true: groups without signal"),
         ({"prefix__mode": "on_failure", "prefix__original": 0, "rollout__prompts": 3},
          "prefix.original = 0: with"),
+        ({"prefix__untraced": "true", "prefix__original": 0, "rollout__prompts": 3},
+         "prefix.untraced = true: problems without"),
         ({"prefix__on": "false", "sft__epochs": 1}, "sft.epochs = 1: trains on"),
     ],
 )  # fmt: skip

@@ -149,6 +149,15 @@ def test_more_steps_may_be_asked_for_where_the_schedule_allows_it(tmp_path: Path
     run = begun(tmp_path / "run", configured(train__steps=10))
     assert RunDir(run.path).open(configured(train__steps=20)) is None
     assert "train.steps: 10 -> 9" in refusal(run, configured(train__steps=9))
+    short = begun(tmp_path / "short", configured(train__flops=1e9))
+    assert RunDir(short.path).open(configured(train__flops=2e9)) is None
+    assert RunDir(short.path).open(configured(train__flops=0)) is None
+    assert "train.flops: 1000000000.0 -> 500000000.0" in refusal(
+        short, configured(train__flops=5e8)
+    )
+    assert "train.flops: 0.0 -> 1000000000.0" in refusal(
+        run, configured(train__steps=10, train__flops=1e9)
+    )
     linear = begun(tmp_path / "linear", configured(train__steps=10, train__decay="linear"))
     message = refusal(linear, configured(train__steps=20, train__decay="linear"))
     assert "train.steps: 10 -> 20" in message

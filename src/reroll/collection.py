@@ -10,7 +10,7 @@ ended.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -42,7 +42,8 @@ MATTERS = (
 def gather(
     config: Config, parts: Parts, store: TraceStore, say: Callable[[int, int, int], None]
 ) -> None:
-    """Sample until every problem is solved or has had `collect.cap` attempts.
+    """Sample until every problem is solved or has had `collect.cap` attempts, or there are
+    `collect.traces` of hard ones.
 
     say: told of (problems solved, problems settled, problems) after each wave. Raises UserError for
     a store of another collection.
@@ -55,7 +56,7 @@ def gather(
         open_ = [p for p in problems if _is_open(tried[p.row], config)]
         solved = sum(tried[p.row].solved_at is not None for p in problems)
         say(solved, len(problems) - len(open_), len(problems))
-        if not open_:
+        if not open_ or _has_enough(tried.values(), config):
             store.close_with({"cap": config.collect.cap, "problems": len(problems)})
             return
         prompts, visits = _wave(open_, tried, config)
@@ -67,6 +68,12 @@ def gather(
 
 def _is_open(one: Tried, config: Config) -> bool:
     return one.solved_at is None and one.attempts < config.collect.cap
+
+
+def _has_enough(tried: Iterable[Tried], config: Config) -> bool:
+    solved = [one.solved_at for one in tried if one.solved_at is not None]
+    hard = sum(at >= config.collect.screen for at in solved)
+    return 0 < config.collect.traces <= hard
 
 
 def _wave(

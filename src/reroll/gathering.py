@@ -66,7 +66,9 @@ def collect_traces(
             cuts = cuts_of(config, parts.start, parts.decode)
             report |= probe(config, parts, store, cuts, probes)
             report |= store.ledger()
-        report["factor"] = _cost("original", report) / _cost("prefixed", report)
+        count = config.rollout.samples
+        report["factor"] = _cost("original", report, count) / _cost("prefixed", report, count)
+        report["worth"] = report["attempts"] * _live("original", report, count) / count
     console.print(_table(report))
     if probes:
         console.print(_verdict(report, config), soft_wrap=True)
@@ -110,24 +112,35 @@ def _report(config: Config, store: TraceStore) -> dict[str, Any]:
     """What became of the problems, and what it cost."""
     tried, screen = store.tried().values(), config.collect.screen
     solved = [one.solved_at for one in tried if one.solved_at is not None]
+    unsolved = [one.attempts for one in tried if one.solved_at is None]
     return {
         "problems": len(tried),
         "easy": sum(at < screen for at in solved),
         "hard": sum(at >= screen for at in solved),
         "imported": sum(trace.source != "collected" for trace in store.traces()),
-        "unsolved": len(tried) - len(solved),
+        "unsolved": sum(n >= config.collect.cap for n in unsolved),
+        "open": sum(n < config.collect.cap for n in unsolved),
         "attempts": sum(one.attempts for one in tried),
         **store.ledger(),
     }
 
 
-def _cost(name: str, report: dict[str, Any]) -> float:
-    """Token forwards for one live group's rollout: sampled until one is live, then trained on.
+def _live(name: str, report: dict[str, Any], samples: int) -> float:
+    """Share of groups with unequal rewards.
 
-    Of a part without any live group, as if the next were one: the cost is at least that.
+    Where no probed one was, what attempts at hard problems say: one success among that many; of
+    prefixed groups, as if the next one were live.
     """
-    live = report[f"live_{name}"] or 1 / (report["problems_probed"] + 1)
-    return report[f"length_{name}"] * (1 / live + PASSES)
+    if live := report[f"live_{name}"]:
+        return live
+    if name == "original" and report["attempts"]:
+        return 1 - (1 - min(1.0, report["hard"] / report["attempts"])) ** samples
+    return 1 / (report["problems_probed"] + 1)
+
+
+def _cost(name: str, report: dict[str, Any], samples: int) -> float:
+    """Token forwards for one live group's rollout: sampled until one is live, then trained on."""
+    return report[f"length_{name}"] * (1 / _live(name, report, samples) + PASSES)
 
 
 def _table(report: dict[str, Any]) -> Table:
@@ -138,7 +151,8 @@ def _table(report: dict[str, Any]) -> Table:
         ("problems", "problems"),
         ("solved while screening (not hard)", "easy"),
         ("hard and solved: traces", "hard"),
-        ("unsolved", "unsolved"),
+        ("unsolved in collect.cap attempts", "unsolved"),
+        ("left open at collect.traces", "open"),
         ("taken in from elsewhere: traces", "imported"),
         ("attempts", "attempts"),
         ("tokens drawn", "tokens"),
@@ -168,7 +182,12 @@ def _verdict(report: dict[str, Any], config: Config) -> str:
     )
     if factor < PAYS:
         return f"{said} Prefixes can hardly pay here; train without them"
+    if report["attempts"]:
+        said += (
+            f" Sampling these traces cost as much as sampling {report['worth']:.0f} such groups "
+            "does without."
+        )
     return (
-        f"{said} Prefixes can pay, if plain training does not find such groups by itself soon; "
+        f"{said} Prefixes can pay where plain training needs many more of them to get going; "
         "compare with SFT on these traces first"
     )

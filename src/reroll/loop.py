@@ -116,7 +116,7 @@ class _Run:
         try:
             if self._evaluation_due() and self.done not in evaluated:
                 self._evaluate(self.done)
-            while self.done < config.train.steps:
+            while not self._over():
                 self._step(self.done + 1)
                 if self._evaluation_due():
                     self._evaluate(self.done)
@@ -131,14 +131,17 @@ class _Run:
             raise
         plot_run(self.run)
 
+    def _over(self) -> bool:
+        """Whether the run has had its steps or its FLOPs."""
+        train = self.config.train
+        return self.done >= train.steps or 0 < train.flops <= self.ledger.paper
+
     def _evaluation_due(self) -> bool:
         every = self.config.eval.every
-        ends = self.done in (0, self.config.train.steps)
-        return ends or (every > 0 and self.done % every == 0)
+        return self.done == 0 or self._over() or (every > 0 and self.done % every == 0)
 
     def _checkpoint_due(self) -> bool:
-        config, done = self.config, self.done
-        return done == config.train.steps or done % config.checkpoint.every == 0
+        return self._over() or self.done % self.config.checkpoint.every == 0
 
     def _greet(self, start: int | None) -> None:
         for note in self.parts.notes:

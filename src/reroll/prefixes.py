@@ -155,7 +155,7 @@ def make_source(
     at_least = config.eval.correct_at
     return Mix(
         config.prefix,
-        [prompts[trace.row] for trace in start.traces],
+        [prompts[trace.row] for trace in start.traces] + _untraced(config, task, start),
         {trace.row: trace for trace in start.traces},
         [prompts[row] for row in start.easy],
         batch=config.rollout.prompts,
@@ -167,6 +167,14 @@ def make_source(
         if config.prefix.placement == "hint"
         else with_prefix,
     )
+
+
+def _untraced(config: Config, task: Task, start: Start) -> list[Prompt]:
+    """Problems of the original part that have no trace."""
+    if not config.prefix.untraced:
+        return []
+    known = {trace.row for trace in start.traces} | set(start.easy)
+    return [prompt for prompt in task.train if prompt.row not in known]
 
 
 def _as_hint(
@@ -201,7 +209,7 @@ def take_outcomes(
 
 def _solved(mix: Mix, groups: Sequence[Group]) -> list[Rollout]:
     """The first success of each hard problem's group without prefix."""
-    plain = [g for g in groups if not g.prompt.trace and g.prompt.row in mix.traces]
+    plain = [g for g in groups if not g.prompt.trace and g.prompt.row in mix.hard]
     right = (
         [r for r in g.rollouts if r.reward is not None and mix.success(r.reward)] for g in plain
     )

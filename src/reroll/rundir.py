@@ -106,6 +106,8 @@ class RunDir:
             changed += [x for x in differences(old, new) if x.startswith("checkpoint.every")]
         if new.train.decay == "constant" and new.train.steps >= old.train.steps:
             changed = [line for line in changed if not line.startswith("train.steps")]
+        if new.train.flops == 0 or 0 < old.train.flops <= new.train.flops:
+            changed = [line for line in changed if not line.startswith("train.flops")]
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(

@@ -138,6 +138,24 @@ def test_on_failure_only_what_has_failed_gets_a_prefix() -> None:
     assert not any(one.known[p.row].failed for p in prompts)
 
 
+@pytest.mark.parametrize("cut", ["uniform", "target", "minimal"])
+def test_hard_problems_without_a_trace_come_without_prefix(cut: str) -> None:
+    """Until they are solved: then that is their trace."""
+    one, seen = mix(cut=cut, prefixed=1), Counter[tuple[int, bool]]()
+    for row in range(4, HARD):
+        del one.traces[row]
+    for update in range(30):
+        prompts, _ = one(update * BATCH, BATCH)
+        assert parts_of(prompts) == {"prefixed": BATCH // 2, "original": BATCH // 2}
+        seen.update((p.row, bool(p.trace)) for p in prompts)
+        tell(one, prompts, [[0.0, 1.0]] * BATCH)
+    assert {row for row, given in seen if given} == {0, 1, 2, 3}
+    assert {row for row, given in seen if not given} == set(range(HARD))
+    one.refresh([trace(50, row=6), trace(50, row=100)])  # the latter: an easy one
+    given = {p.row for update in range(30, 50) for p in one(update * BATCH, BATCH)[0] if p.trace}
+    assert given == {0, 1, 2, 3, 6}
+
+
 def test_a_dead_part_is_told_of_once_and_again_after_it_lived() -> None:
     one = mix()
 

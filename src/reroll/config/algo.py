@@ -188,6 +188,12 @@ class TrainSection(Section):
     """The optimizer and its steps."""
 
     steps: int = Field(default=100, ge=1, description="collects (one batch of rollouts each)")
+    flops: float = Field(
+        default=0.0,
+        ge=0,
+        description="end after the step with which flops_total_paper (traces, rollouts, training) "
+        "has reached this, train.steps at the latest; 0: no such end",
+    )
     minibatches: int = Field(
         default=1, ge=1, description="optimizer steps a batch and epoch; groups stay whole"
     )

@@ -52,6 +52,11 @@ def _mix(config: "Config") -> str | None:
             "prefix.original = 0: with prefix.mode = 'on_failure' it is the groups without prefix "
             "that fail; give them a part of the mix"
         )
+    if prefix.untraced and not prefix.original:
+        return (
+            "prefix.untraced = true: problems without a trace come in the original part of the "
+            "mix, and prefix.original = 0"
+        )
     if prefix.refresh and not prefix.original:
         return (
             "prefix.refresh = true: successes without prefix take the place of traces, and with "

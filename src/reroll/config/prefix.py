@@ -22,6 +22,12 @@ class CollectSection(Section):
         "counts, not the one that ends first",
     )
     problems: int = Field(default=0, ge=0, description="training problems tried; 0: all of them")
+    traces: int = Field(
+        default=0,
+        ge=0,
+        description="traces of hard problems after which collecting ends, whole waves; 0: no such "
+        "end. A few can do where problems are alike",
+    )
 
 
 class SftSection(Section):
@@ -71,6 +77,11 @@ class PrefixSection(Section):
     prefixed: int = Field(default=3, ge=0, description="mix: parts of a batch with a prefix")
     original: int = Field(default=1, ge=0, description="mix: parts, the same problems without")
     easy: int = Field(default=0, ge=0, description="mix: parts, problems that are not hard")
+    untraced: bool = Field(
+        default=False,
+        description="the original part is also of problems without a trace: those that collecting "
+        "did not solve, or did not try",
+    )
     mode: Literal["always", "on_failure"] = Field(
         default="always",
         description="on_failure: a prefix only after a group without any success",

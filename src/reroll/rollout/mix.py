@@ -1,7 +1,7 @@
 """The mix: which problems come next, with a prefix or without, in every batch in the same parts.
 
     prefixed   hard problems, each from a prefix of its trace; a group of its own for every cut
-    original   the same problems without
+    original   the same problems without, and with `prefix.untraced` those that have no trace
     easy       problems that were solved often enough without any of this; none by default
 
 PrefixRL (arXiv 2601.18795) mixes 3 : 1 : 0. A batch of the mix is a run of places in the stream, so
@@ -55,9 +55,10 @@ class _Part:
 class Mix:
     """Owns the state of every hard problem; a source of prompts for `Collector`.
 
-    hard: problems with a trace each, `traces` by row. easy: others. batch: prompts of an update.
-    steps: updates of the run. ends: places where steps of a trace end. success: what a reward
-    counts as. place: a problem, a trace and a cut to a prompt. All else as in `PrefixSection`.
+    hard: problems, of which those in `traces`, by row, can be given one. easy: others. batch:
+    prompts of an update. steps: updates of the run. ends: places where steps of a trace end.
+    success: what a reward counts as. place: a problem, a trace and a cut to a prompt. All else as
+    in `PrefixSection`.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Mix:
 
     def _wanting(self) -> list[int]:
         """Problems that are to be given a prefix."""
-        active = self.active()
+        active = [row for row in self.active() if row in self.traces]
         if self.config.mode == "always":
             return active
         return [row for row in active if self.known[row].failed]
@@ -185,6 +186,11 @@ class Mix:
             share = self.known[row].share
         return self.place(prompt, trace, prefix.cut_at(trace, config, share))
 
+    def _gives(self, row: int) -> bool:
+        """Whether a problem's share comes to a token; with steered cuts."""
+        trace = self.traces.get(row)
+        return trace is None or prefix.cut_at(trace, self.config, self.known[row].share) >= 1
+
     def cuts(self, trace: Trace) -> list[int]:
         """Where a trace is cut, under the rules that draw this once."""
         if trace.id not in self._cuts:
@@ -207,7 +213,7 @@ class Mix:
                     known.share = prefix.next_share(self.config, known.share, rate, not alive)
                 known.failed = False
                 continue
-            if self.config.steers and prefix.cut_at(self.traces[row], self.config, known.share) < 1:
+            if self.config.steers and not self._gives(row):
                 # nothing is given any more; should it fail again, something is
                 known.share = prefix.next_share(self.config, known.share, rate, not alive)
             count = len(group.rollouts) + len(group.pruned)
@@ -219,7 +225,7 @@ class Mix:
     def refresh(self, traces: Sequence[Trace]) -> None:
         """These successes take the place of the traces that their problems have."""
         for trace in traces:
-            if trace.row in self.traces and prefix.limit(trace, self.config) >= 1:
+            if trace.row in self.hard and prefix.limit(trace, self.config) >= 1:
                 self.traces[trace.row] = self._all[trace.id] = trace
 
     def told(self) -> list[str]:
