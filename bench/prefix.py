@@ -43,7 +43,7 @@ SEEDS = (0, 1, 2)
 SLIP, TRACES = 0.65, 1
 TRAINING = {"hard": 4e12, "demo": 3e12}
 """FLOPs of an arm beside what collecting has cost on its seed"""
-RATES = {"hard": ("3e-5", "1e-4", "3e-4"), "demo": ("1e-4",)}
+RATES = {"hard": ("1e-4", "3e-4", "3e-5"), "demo": ("1e-4",)}
 ON = {"prefix.on": "true", "prefix.retire": "1.0", "prefix.untraced": "true"}
 ARMS: dict[str, dict[str, str]] = {
     "rl8": {},
@@ -59,7 +59,7 @@ OURS = ("uniform", "target")
 PLAIN = ("rl8", "rl64")
 """arms without traces"""
 COMMON = {
-    "task.source": "reasoning_gym", "task.name": "chain_sum", "task.template": r"{expression} =\n",
+    "task.source": "reasoning_gym", "task.name": "chain_sum", "task.template": "{expression} =\n",
     "task.answer_pattern": r"so (-?\d+)$", "task.graders": '[{name = "derivation"}]',
     "rollout.max_tokens": "140", "rollout.prompts": "16", "rollout.samples": "8",
     "algo.name": "dr_grpo", "train.warmup": "2", "train.beta2": "0.95", "train.steps": "100000",
