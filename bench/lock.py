@@ -5,10 +5,12 @@ learnt positions gets each right with a chance of about one half, and what it le
 says nothing about another. So a success has a chance of 2^-H, known beforehand.
 
     rl8       Dr. GRPO, 8 rollouts of each prompt
-    prefix    the same from one old success a prompt, cut at three places in 40-80 %, 3 : 1
+    prefix    the same from the prefix of one old success, cut at three places in 40-80 %, mixed
+              3 : 1 with the prompts without
 
-Both train until the lock is open nine times in ten on held-out prompts (the same lock), or for
-so many steps; cost is counted in FLOPs as the paper does, from the first collected token on.
+Both run for TRACES times what a success costs on average, and TRAINING; a lock counts as open when
+nine of ten held-out prompts (of the same lock) open it. Cost is counted in FLOPs as the paper does,
+from the first collected token on.
 
     python -m bench.lock [--quick] [--fresh]
 """
@@ -20,30 +22,35 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from bench.common import Parts, arguments, interval, table
 
 SEEDS = (0, 1, 2)
-LENGTHS = (4, 6, 8, 10, 12)
-STEPS = {"rl8": 480, "prefix": 160}
-"""at most; a step of plain RL without a success costs a third or less"""
+LENGTHS = (4, 6, 8, 10, 12, 14)
+RATES = ("1e-3", "3e-3")
+TRACES, TRAINING = 8, 6e10
+"""an arm ends when it has spent as much: attempts that a success takes, and FLOPs"""
 EVERY = 5
 """steps between evaluations"""
 OPEN = 0.9
 PROBLEMS = 16
 ARMS = ("rl8", "prefix")
+NAMES = {"rl8": "RL, n = 8", "prefix": "PrefixRL"}
 PICTURE = Path(__file__).parent.parent / "docs" / "techniques" / "prefix_lock.png"
 COMMON = {
     "task.source": "jsonl", "task.train_size": "8", "task.eval_size": "8",
     "task.graders": '[{name = "bench.lock:opened"}]',
-    "rollout.prompts": "32", "algo.name": "dr_grpo", "train.learning_rate": "3e-3",
+    "rollout.prompts": "32", "algo.name": "dr_grpo", "train.steps": "100000",
     "train.warmup": "0", "eval.samples": "8", "eval.greedy": "false", "log.display": "off",
     "log.timeline": "0", "log.samples": "0", "checkpoint.every": "1000", "engine.slots": "128",
 }  # fmt: skip
 PREFIX = {
     "prefix.on": "true", "prefix.least": "1", "prefix.guard": "false", "prefix.retire": "1.0",
-    "prefix.ladder": "[]", "collect.screen": "0",
+    "prefix.ladder": "[]", "prefix.untraced": "true", "collect.screen": "0",
+    "collect.traces": "1",
 }  # fmt: skip
 
 
@@ -59,8 +66,8 @@ def combination(length: int, seed: int) -> str:
     return "".join(map(str, torch.randint(2, (length,), generator=source).tolist()))
 
 
-def make_folder(folder: Path, length: int, seed: int) -> None:
-    """An untaught policy with learnt positions, and prompts of one lock."""
+def make_folder(folder: Path, length: int, seed: int) -> float:
+    """An untaught policy with learnt positions, and prompts of one lock; FLOPs of an attempt."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from recipes.demo_policy import character_tokenizer
@@ -71,15 +78,17 @@ def make_folder(folder: Path, length: int, seed: int) -> None:
         vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder / "policy")
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "policy")
     rows = [
         {"prompt": f"lock {i:02d}", "answer": combination(length, seed)} for i in range(PROBLEMS)
     ]
     (folder / "locks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 2.0 * model.num_parameters() * (len(rows[0]["prompt"]) + 1 + length)
 
 
-def run(arm: str, length: int, seed: int, quick: bool) -> dict[str, Any]:
+def run(arm: str, rate: str, length: int, seed: int, quick: bool) -> dict[str, Any]:
     """One arm: held-out success and cost over the steps."""
     from reroll.config import load_config
     from reroll.loop import train
@@ -87,12 +96,13 @@ def run(arm: str, length: int, seed: int, quick: bool) -> dict[str, Any]:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_folder(folder, length, seed)
+        attempt = make_folder(folder, length, seed)
         settings = COMMON | (PREFIX if arm == "prefix" else {})
         settings |= {
             "run.out": f"{name}/run", "run.seed": str(seed), "model.path": f"{name}/policy",
             "task.name": f"{name}/locks.jsonl", "rollout.max_tokens": str(length),
-            "train.steps": str(STEPS[arm] // (4 if quick else 1)), "eval.every": str(EVERY),
+            "train.learning_rate": rate, "eval.every": str(EVERY if arm == "prefix" else 4 * EVERY),
+            "train.flops": str((TRACES * 2**length * attempt + TRAINING) / (40 if quick else 1)),
         }  # fmt: skip
         if arm == "prefix":
             settings |= {"collect.cap": str(64 * 2**length)}
@@ -108,28 +118,35 @@ def cost(found: dict[str, Any]) -> float | None:
     return next((flops for _, reward, flops in found["held_out"] if reward >= OPEN), None)
 
 
-def draw(detail: dict[str, Any]) -> None:
-    """FLOPs until the lock was open, by its length; crosses: spent, and it never was."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def best(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The runs of the better rate: that opens more locks, then the cheaper one."""
 
+    def merit(its: list[dict[str, Any]]) -> tuple[int, float]:
+        found = [c for one in its if (c := cost(one)) is not None]
+        return len(found), -fmean(found) if found else 0.0
+
+    return max(runs.values(), key=merit)
+
+
+def draw(detail: dict[str, list[dict[str, Any]]]) -> None:
+    """FLOPs until the lock was open, by its length; crosses: spent, and it never was."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for arm, colour in zip(ARMS, ("#999999", "#4477aa"), strict=True):
+    for arm, colour, shift in zip(ARMS, ("#777777", "#4477aa"), (-0.12, 0.12), strict=True):
+        means = []
         for length in LENGTHS:
-            for one in detail[f"{arm}/{length}"]:
+            its = detail[f"{arm}/{length}"]
+            for one in its:
                 spent, never = cost(one), one["held_out"][-1][2]
                 mark = "x" if spent is None else "o"
-                axes.plot(length, spent or never, mark, color=colour, label=f"{arm} {mark}")
+                label = f"{NAMES[arm]}: {'still shut' if spent is None else 'open'}"
+                axes.plot(length + shift, spent or never, mark, color=colour, label=label)
+            means.append(fmean(cost(one) or one["held_out"][-1][2] for one in its))
+        axes.plot([length + shift for length in LENGTHS], means, color=colour, linewidth=0.8)
     handles, labels = axes.get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
-    names = {"o": "open", "x": "still shut"}
-    axes.legend(
-        known.values(),
-        [f"{label[:-2]}: {names[label[-1]]}" for label in known],
-        frameon=False,
-    )
+    axes.legend(known.values(), known.keys(), frameon=False)
     axes.set(xlabel="characters of the lock", ylabel="FLOPs, collecting included", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=110)
@@ -140,16 +157,21 @@ def main() -> None:
     parts = Parts("lock", args)
     seeds = SEEDS[:1] if args.quick else SEEDS
     lengths = LENGTHS[:2] if args.quick else LENGTHS
-    detail: dict[str, Any] = {}
+    detail: dict[str, list[dict[str, Any]]] = {}
     for length in lengths:
         for arm in ARMS:
-            detail[f"{arm}/{length}"] = [
-                parts.measure(
-                    f"{arm}/{length}/{seed}",
-                    lambda a=arm, n=length, s=seed: run(a, n, s, args.quick),
-                )
-                for seed in seeds
-            ]
+            detail[f"{arm}/{length}"] = best(
+                {
+                    rate: [
+                        parts.measure(
+                            f"{arm}/{rate}/{length}/{seed}",
+                            lambda a=arm, r=rate, n=length, s=seed: run(a, r, n, s, args.quick),
+                        )
+                        for seed in seeds
+                    ]
+                    for rate in (RATES[1:] if args.quick else RATES)
+                }
+            )
     summary = dict.fromkeys(
         f"{name}_{arm}_{length}{end}"
         for length in LENGTHS

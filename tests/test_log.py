@@ -66,6 +66,19 @@ def test_time_left_counts_the_steps_of_this_start(monkeypatch: pytest.MonkeyPatc
     assert display.time_left() == "1:10"  # 7 steps of 10 seconds
 
 
+def test_steps_left_where_flops_end_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """As if those to come cost what those of this start did; never more than train.steps."""
+    display = Display("plain", total=50, done=10, flops=1000.0)
+    for step, spent in ((11, 400.0), (12, 420.0), (13, 500.0)):
+        display.step(step, METRICS | {"flops_total_paper": spent})
+    said = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["11/50", "12/41", "13/23"]
+    display.step(14, METRICS | {"flops_total_paper": 501.0})
+    assert display.total == 29
+    display.step(15, METRICS | {"flops_total_paper": 1000.0})
+    assert (display.total, display.time_left()) == (15, "0:00")
+
+
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
     (tracker,) = open_trackers(LogSection(trackers=["tensorboard"]), tmp_path, {"train.steps": 3})
     for step in (1, 2):

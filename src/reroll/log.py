@@ -3,6 +3,7 @@
 Trackers (TensorBoard, W&B, trackio) are imported here only, and only when asked for.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,19 @@ Tracker = Callable[[dict[str, Any], int], None]
 
 
 class Display:
-    """Progress of one run; a context manager. `total` steps, `done` of them at the start."""
+    """Progress of one run; a context manager. `total` steps, `done` of them at the start.
 
-    def __init__(self, mode: str, total: int, done: int) -> None:
+    flops: `train.flops`, with which a run may end sooner; the total is then an estimate.
+    """
+
+    def __init__(self, mode: str, total: int, done: int, flops: float = 0.0) -> None:
         self.console = Console()
         if mode == "auto":
             mode = "rich" if self.console.is_terminal else "plain"
         self.mode, self.total, self.done = mode, total, done
+        self.flops, self.steps = flops, total
+        self._first: tuple[int, float] | None = None
+        """first step of this start, and the FLOPs spent by then"""
         self._started, self._begun_at = time.perf_counter(), done
         self._bars: Progress | None = None
 
@@ -70,14 +77,24 @@ class Display:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """After training step `step` (from 1)."""
         self.done = step
+        if self.flops:
+            self._estimate(step, metrics["flops_total_paper"])
         note = (
             f"reward {metrics['reward']:.3f}  live {metrics['live_groups']:.2f}  "
             f"length {metrics['length']:.0f}  {metrics['tokens_per_second']:,.0f} tok/s"
         )
         if self._bars is not None:
-            self._bars.update(TaskID(self._steps), completed=step, note=note)
+            self._bars.update(TaskID(self._steps), completed=step, total=self.total, note=note)
         elif self.mode == "plain":
             self.say(f"step {step}/{self.total}  {note}  {self.time_left()} left")
+
+    def _estimate(self, step: int, spent: float) -> None:
+        """Steps until the FLOPs are spent, if those to come cost what those so far did."""
+        if self._first is None:
+            self._first = step, spent
+            return
+        each = (spent - self._first[1]) / (step - self._first[0])
+        self.total = min(self.steps, step + max(0, math.ceil((self.flops - spent) / each)))
 
     def time_left(self) -> str:
         """Estimate from the steps of this start."""

@@ -54,7 +54,7 @@ def train(config: Config) -> RunDir:
         collect_first(config)
     with prepare(config, run, start) as parts, open_reuse(config, run, start) as reuse:
         run.claim(config)
-        display = Display(config.log.display, config.train.steps, start or 0)
+        display = Display(config.log.display, config.train.steps, start or 0, config.train.flops)
         trackers = open_trackers(config.log, run.path, dict(settings(config)))
         with display, Interrupts() as interrupts:
             _Run(config, run, parts, reuse, display, trackers, interrupts).go(start)
