@@ -7,21 +7,28 @@
     prefix_only  groups with a prefix alone, cut as in uniform
     uniform      PrefixRL: three cuts a trace in 40-80 %, drawn once; mixed 3 : 1
     target       the cut that holds success at one half; mixed 3 : 1
+    along        cuts all along the trace, a new one at every visit; mixed 3 : 1
 
-`hard`: sums of ten terms, graded step by step, and a policy taught to get each step wrong with a
-known chance (`slip_policy.py`): next to no group of plain RL has unequal rewards. `reroll collect`
-samples until TRACES are found, once a seed; what that cost is charged to every arm that uses them,
-and every arm ends when it has spent as much plus TRAINING. Every arm runs at each of RATES; its
-own is the one that is best on the other seeds. The optimizer is that of two published large runs
-(AdamW with beta2 .95: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786).
+`hard`: 16 sums of ten terms, graded step by step, that each want to be written after a custom of
+their own, and a policy that knows none (`custom_policy.py`): next to no group of plain RL has
+unequal rewards, and what one success teaches is wrong for the other problems. Held-out are the same
+problems in other words.
+
+`alike`: sums of ten terms and a policy taught to get each step wrong with a known chance
+(`slip_policy.py`): just as few groups have unequal rewards, but one success teaches everything.
 
 `demo`: the negative control, the demo policy's sums of nine and ten terms, where plain RL finds
-successes by itself; at one rate.
+successes by itself.
+
+`reroll collect` runs once a task and seed; what that cost is charged to every arm that uses its
+traces, and every arm ends when it has spent as much plus TRAINING. Every arm runs at each of RATES;
+its own is the one that is best on the other seeds. The optimizer is that of two published large
+runs (AdamW with beta2 .95: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786).
 
 FLOPs are counted as the paper does, from the first collected token on, evaluations apart. Reward is
 that of held-out problems without prefix. Intervals are Student's t over seeds.
 
-    python -m bench.prefix [--quick] [--fresh] [--part hard/SEED|demo/SEED]
+    python -m bench.prefix [--quick] [--fresh] [--part TASK/SEED]
 """
 
 import tempfile
@@ -33,6 +40,7 @@ from typing import Any
 from transformers.utils import logging
 
 from bench.common import Parts, arguments, interval, table
+from bench.custom_policy import custom_policy, write_problems
 from bench.prefix_plots import draw, draw_ladder
 from bench.slip_policy import slip_policy
 from reroll.config import load_config
@@ -40,22 +48,28 @@ from reroll.gathering import collect_traces
 from reroll.loop import train
 
 SEEDS = (0, 1, 2)
-SLIP, TRACES = 0.65, 1
-TRAINING = {"hard": 4e12, "demo": 3e12}
+PROBLEMS = 16
+"""of hard"""
+SLIP = 0.6
+"""chance that a step is wrong, of alike"""
+TRAINING = {"hard": 1.5e13, "alike": 4e12, "demo": 3e12}
 """FLOPs of an arm beside what collecting has cost on its seed"""
-RATES = {"hard": ("1e-4", "3e-4", "3e-5"), "demo": ("1e-4",)}
+RATES = {"hard": ("1e-4", "3e-4"), "alike": ("1e-4", "3e-4"), "demo": ("1e-4",)}
 ON = {"prefix.on": "true", "prefix.retire": "1.0", "prefix.untraced": "true"}
 ARMS: dict[str, dict[str, str]] = {
     "rl8": {},
     "rl64": {"rollout.prompts": "2", "rollout.samples": "64"},
-    "sft_rl": ON | {"prefix.prefixed": "0", "sft.epochs": "10"},
+    "sft_rl": ON | {"prefix.prefixed": "0", "sft.epochs": "20"},
     "hint": ON | {"prefix.placement": "hint"},
     "prefix_only": ON
     | {"prefix.prefixed": "1", "prefix.original": "0", "prefix.untraced": "false"},
     "uniform": ON,
     "target": ON | {"prefix.cut": "target"},
+    "along": ON | {"prefix.cut": "resample", "prefix.low": "0.1", "prefix.high": "0.9"},
 }
-OURS = ("uniform", "target")
+SOME = ("rl8", "sft_rl", "uniform", "target")
+"""arms of the other tasks"""
+OURS = ("uniform", "target", "along")
 PLAIN = ("rl8", "rl64")
 """arms without traces"""
 COMMON = {
@@ -69,9 +83,15 @@ COMMON = {
 }  # fmt: skip
 TASKS = {
     "hard": {
+        "task.source": "jsonl", "task.template": "{prompt}", "task.answer_pattern": "",
+        "task.graders": '[{name = "bench.custom_policy:accustomed"}]',
+        "task.train_size": str(PROBLEMS), "task.eval_size": str(PROBLEMS), "eval.samples": "16",
+        "collect.screen": "0", "collect.cap": "65536",
+    },
+    "alike": {
         "task.params": "{min_terms = 10, max_terms = 10, min_digits = 2, max_digits = 2}",
         "task.train_size": "128", "task.eval_size": "64",
-        "collect.screen": "0", "collect.cap": "65536", "collect.traces": str(TRACES),
+        "collect.screen": "0", "collect.cap": "65536", "collect.traces": "1",
     },
     "demo": {
         "model.path": "demo", "rollout.max_tokens": "160",
@@ -85,14 +105,17 @@ QUICK = {
     "rollout.prompts": "4", "rollout.max_tokens": "130",
     "task.params": "{min_terms = 6, max_terms = 6, min_digits = 2, max_digits = 2}",
 }  # fmt: skip
-"""from the demo policy also under `hard`: there is no time to teach one"""
+"""the demo policy and its sums under `hard`, too: there is no time to teach another"""
 KEYS = (
     "gate_live_share", "gate_live_share_30", "final_vs_rl8", "final_minus_rl8", "flops_to_sft_rl",
     "flops_to_sft_rl_after_collecting", "back_generalisation", "copied", "collect_share",
     *(f"final_{arm}" for arm in ARMS),
     *(f"final_{arm}_at_{rate}" for rate in RATES["hard"] for arm in ARMS),
-    *(f"demo_final_{arm}" for arm in ARMS),
-    "demo_live_share", "demo_final_vs_rl8", "demo_final_minus_rl8",
+    *(
+        f"{task}_{name}"
+        for task in ("alike", "demo")
+        for name in ("live_share", "vs_rl8", "minus_rl8", *(f"final_{arm}" for arm in SOME))
+    ),
 )  # fmt: skip
 """of the last line, each with `_ci`"""
 
@@ -101,9 +124,13 @@ Run = dict[str, Any]
 
 def settings_of(task: str, arm: str, seed: int, traces: Path, quick: bool) -> dict[str, str]:
     """Of an arm, but for rate and budget."""
-    found = COMMON | TASKS[task] | ARMS[arm] | {"run.seed": str(seed)}
-    if task == "hard":
-        found["model.path"] = "demo" if quick else slip_policy(SLIP)
+    found = COMMON | TASKS["demo" if quick else task] | ARMS[arm] | {"run.seed": str(seed)}
+    if task == "hard" and not quick:
+        paths = write_problems(traces.parent, PROBLEMS, 1000 + seed)
+        found |= {"task.name": str(paths[0]), "task.eval_name": str(paths[1])}
+        found["model.path"] = custom_policy()
+    elif task == "alike" and not quick:
+        found["model.path"] = slip_policy(SLIP)
     found["eval.every"] = "20" if arm in PLAIN else "5"
     if quick:
         found |= QUICK | {"collect.screen": "0", "collect.cap": "32", "collect.problems": "16"}
@@ -222,14 +249,23 @@ def main() -> None:
         report(parts, measured, seeds, args.quick)
 
 
+def arms_of(task: str, quick: bool) -> Sequence[str]:
+    """Arms that run on a task."""
+    if quick and task == "alike":
+        return ()
+    return tuple(ARMS) if task == "hard" else SOME[:1] if quick else SOME
+
+
 def measure(parts: Parts, folder: Path, task: str, seed: int, quick: bool) -> Run:
     """All arms of a seed at all rates."""
     traces = folder / f"{task}-{seed}.sqlite"
+    if not arms_of(task, quick):
+        return {}
     collected = parts.measure(f"{task}/collect/{seed}", lambda: collect(task, seed, traces, quick))
     print(f"{task}, seed {seed}: {collected['attempts']} attempts", flush=True)
     found: Run = {"collected": collected}
     for rate in RATES[task][:1] if quick else RATES[task]:
-        for arm in ARMS if task == "hard" or not quick else PLAIN[:1]:
+        for arm in arms_of(task, quick):
             key = f"{task}/{arm}/{rate}/{seed}"
             found[f"{arm}/{rate}"] = one = parts.measure(
                 key, lambda a=arm, r=rate: run(task, a, r, seed, traces, collected, quick)
@@ -242,33 +278,31 @@ def report(
     parts: Parts, measured: dict[tuple[str, int], Run], seeds: Sequence[int], quick: bool
 ) -> None:
     """Tables, pictures, and the last line."""
-    held_out = int((QUICK if quick else TASKS["hard"])["task.eval_size"])
     found: dict[str, list[float]] = {}
     detail: dict[str, Any] = {}
-    for task in TASKS:
+    for task in filter(lambda task: arms_of(task, quick), TASKS):
         of_seeds = [measured[task, seed] for seed in seeds]
         rates = RATES[task][:1] if quick else RATES[task]
         grid = {
             arm: {rate: [its[f"{arm}/{rate}"] for its in of_seeds] for rate in rates}
-            for arm in ARMS
-            if f"{arm}/{rates[0]}" in of_seeds[0]
+            for arm in arms_of(task, quick)
         }
         chosen = {arm: best_rates(its) for arm, its in grid.items()}
         arms = {
             arm: [grid[arm][rate][index] for index, rate in enumerate(chosen[arm])] for arm in grid
         }
         collected = [its["collected"] for its in of_seeds]
+        held_out = int((QUICK if quick else TASKS[task])["task.eval_size"])
         if task == "hard":
             found |= claims(arms, collected, held_out)
             for arm, its in grid.items():
                 found |= {f"final_{arm}_at_{rate}": [final(x) for x in its[rate]] for rate in its}
         else:
-            found |= {f"demo_final_{arm}": [final(one) for one in arms[arm]] for arm in arms}
-            found["demo_live_share"] = [c["live_original"] for c in collected]
+            found |= {f"{task}_final_{arm}": [final(one) for one in arms[arm]] for arm in arms}
+            found[f"{task}_live_share"] = [c.get("live_original", 0.0) for c in collected]
             if not quick:
                 compared = versus(arms["uniform"], arms["rl8"], held_out)
-                found["demo_final_vs_rl8"] = compared["vs"]
-                found["demo_final_minus_rl8"] = compared["minus"]
+                found |= {f"{task}_{end}_rl8": values for end, values in compared.items()}
         show(task, arms, chosen)
         detail[task] = {"grid": grid, "rates": chosen, "collected": collected}
         if not quick:

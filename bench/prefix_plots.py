@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).parent.parent / "docs" / "techniques"
 COLOURS = {
     "rl8": "#777777", "rl64": "#bbbbbb", "sft_rl": "#ccbb44", "hint": "#aa3377",
-    "prefix_only": "#66ccee", "uniform": "#228833", "target": "#4477aa",
+    "prefix_only": "#66ccee", "uniform": "#228833", "target": "#4477aa", "along": "#cc3311",
 }  # fmt: skip
 NAMES = {
     "rl8": "RL, n = 8", "rl64": "RL, n = 64", "sft_rl": "SFT, then RL", "hint": "as a hint",
     "prefix_only": "prefixed alone", "uniform": "PrefixRL, uniform", "target": "PrefixRL, target",
+    "along": "PrefixRL, all along",
 }  # fmt: skip
 
 
