@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reroll
-from reroll.cli import main, split_settings
+from reroll.cli import main, parse_overrides, split_settings
 from reroll.config import ALGORITHMS, describe, load_config
 from reroll.config.simulate import SimulateConfig
 from tests.project import Project
@@ -392,3 +392,25 @@ def test_settings_may_stand_before_the_config() -> None:
         ["train", "c.toml", "--lr"],
         ["--run.seed", "5", "--run.out=x"],
     )
+
+
+ROOT = Path(__file__).parent.parent
+WRITTEN = [
+    line.partition("#")[0].split()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if re.match(r"reroll (train|collect) recipes/", line)
+]
+
+
+def test_there_are_commands_with_recipes_in_the_docs() -> None:
+    assert len(WRITTEN) > 12
+
+
+@pytest.mark.parametrize("words", WRITTEN, ids=" ".join)
+def test_a_command_of_the_docs_is_understood(words: list[str]) -> None:
+    recipe, *rest = words[2:]
+    flags = {"collect": ["--out"], "train": []}[words[1]]  # what is no setting, with its value
+    at = [rest.index(flag) for flag in flags if flag in rest]
+    settings = [word for i, word in enumerate(rest) if i not in at and i - 1 not in at]
+    load_config(ROOT / recipe, parse_overrides(settings))
