@@ -87,6 +87,35 @@ def test_what_reused_rollouts_earn_is_not_called_the_policys(
     ]  # fmt: skip
 
 
+def test_a_run_from_prefixes_shows_its_parts_and_its_ladder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = {
+        "groups_prefixed": 3.0, "success_prefixed": 0.5, "success_original": 0.1,
+        "prefix_share": 0.6,
+    }  # fmt: skip
+    rungs = {"ladder@0": 0.0, "ladder@0_low": 0.0, "ladder@0.4": 0.2, "ladder@0.8": 0.9}
+    run = run_with(
+        tmp_path,
+        [
+            held_out(0, 0.1, 0.2, 0.3) | rungs, train(1) | mixed,
+            train(2) | mixed | {"success_prefixed": 0.7}, held_out(2, 0.1, 0.2, 0.3) | rungs,
+        ],
+    )  # fmt: skip
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure))
+    plot_run(run)
+    parts, ladder = drawn[0].axes[-2:]
+    shown = {line.get_label(): list(line.get_ydata()) for line in parts.get_lines()}
+    assert shown["success, prefixed"] == [0.5, 0.7]
+    assert shown["success, original"] == [0.1, 0.1]
+    assert shown["share of a trace given"] == [0.6, 0.6]
+    assert [list(line.get_xdata()) for line in ladder.get_lines()] == [[0.0, 0.4, 0.8]] * 2
+    assert [line.get_label() for line in ladder.get_lines()] == ["after step 0", "after step 2"]
+    for axis in (parts, ladder):
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 0.7
+
+
 def test_everything_drawn_is_in_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much higher audits and held-out rewards are than the rewards trained on."""
     audited = {"reused_tokens": 0.5, "duplicates": 0.25, "reward_gap": -0.5, "reward_fresh": 0.7}
