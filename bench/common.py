@@ -131,6 +131,21 @@ def table(
     Console(width=max(width, Console().width)).print(made)
 
 
+def reached(curve: Sequence[Sequence[float]], reward: float) -> float | None:
+    """FLOPs at which a run first has this reward, straight between evaluations; None: it never has.
+
+    curve: (step, FLOPs, reward) of each evaluation.
+    """
+    before: tuple[float, float] | None = None
+    for _, flops, now in curve:
+        if now >= reward:
+            if before is None:
+                return flops
+            return before[0] + (flops - before[0]) * (reward - before[1]) / (now - before[1])
+        before = flops, now
+    return None
+
+
 def interval(values: Sequence[float]) -> list[float] | None:
     """Student's t, 95 %; None for a single seed."""
     if len(values) < 2:

@@ -22,24 +22,23 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers.utils import logging
 
-from bench.common import Parts, arguments, interval, table
+from bench.common import Parts, arguments, interval, reached, table
+from bench.prefix_plots import DOCS, new_axes
 
 SEEDS = (0, 1, 2)
 LENGTHS = (4, 6, 8, 10, 12, 14)
 RATES = ("1e-3", "3e-3")
 TRACES, TRAINING = 8, 6e10
 """an arm ends when it has spent as much: attempts that a success takes, and FLOPs"""
-EVERY = 5
+EVERY = 10
 """steps between evaluations"""
 OPEN = 0.9
 PROBLEMS = 16
 ARMS = ("rl8", "prefix")
 NAMES = {"rl8": "RL, n = 8", "prefix": "PrefixRL"}
-PICTURE = Path(__file__).parent.parent / "docs" / "techniques" / "prefix_lock.png"
+PICTURE = DOCS / "prefix_lock.png"
 COMMON = {
     "task.source": "jsonl", "task.train_size": "8", "task.eval_size": "8",
     "task.graders": '[{name = "bench.lock:opened"}]',
@@ -92,6 +91,7 @@ def run(arm: str, rate: str, length: int, seed: int, quick: bool) -> dict[str, A
     """One arm: held-out success and cost over the steps."""
     from reroll.config import load_config
     from reroll.loop import train
+    from reroll.rollout.traces import TraceStore
 
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
@@ -101,21 +101,24 @@ def run(arm: str, rate: str, length: int, seed: int, quick: bool) -> dict[str, A
         settings |= {
             "run.out": f"{name}/run", "run.seed": str(seed), "model.path": f"{name}/policy",
             "task.name": f"{name}/locks.jsonl", "rollout.max_tokens": str(length),
-            "train.learning_rate": rate, "eval.every": str(EVERY if arm == "prefix" else 4 * EVERY),
+            "train.learning_rate": rate, "eval.every": str(EVERY),
             "train.flops": str((TRACES * 2**length * attempt + TRAINING) / (40 if quick else 1)),
         }  # fmt: skip
         if arm == "prefix":
             settings |= {"collect.cap": str(64 * 2**length)}
         records = train(load_config(None, settings)).records()
-    spent = {r["step"]: r["flops_total_paper"] for r in records if r["kind"] == "train"}
-    spent[0] = 0.0
-    held_out = [(r["step"], r["reward"]) for r in records if r["kind"] == "eval"]
-    return {"held_out": [[step, reward, spent[step]] for step, reward in held_out]}
+        spent = {r["step"]: r["flops_total_paper"] for r in records if r["kind"] == "train"}
+        spent[0] = 0.0
+        if arm == "prefix":
+            with TraceStore(folder / "run" / "traces.sqlite", read_only=True) as store:
+                spent[0] = store.ledger()["flops_paper"]
+    evals = [r for r in records if r["kind"] == "eval"]
+    return {"curve": [[r["step"], spent[r["step"]], r["reward"]] for r in evals]}
 
 
 def cost(found: dict[str, Any]) -> float | None:
     """FLOPs until the lock was open; None: it never was."""
-    return next((flops for _, reward, flops in found["held_out"] if reward >= OPEN), None)
+    return reached(found["curve"], OPEN)
 
 
 def best(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -130,25 +133,22 @@ def best(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def draw(detail: dict[str, list[dict[str, Any]]]) -> None:
     """FLOPs until the lock was open, by its length; crosses: spent, and it never was."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = new_axes()
     for arm, colour, shift in zip(ARMS, ("#777777", "#4477aa"), (-0.12, 0.12), strict=True):
         means = []
         for length in LENGTHS:
             its = detail[f"{arm}/{length}"]
             for one in its:
-                spent, never = cost(one), one["held_out"][-1][2]
+                spent, never = cost(one), one["curve"][-1][1]
                 mark = "x" if spent is None else "o"
                 label = f"{NAMES[arm]}: {'still shut' if spent is None else 'open'}"
                 axes.plot(length + shift, spent or never, mark, color=colour, label=label)
-            means.append(fmean(cost(one) or one["held_out"][-1][2] for one in its))
+            means.append(fmean(cost(one) or one["curve"][-1][1] for one in its))
         axes.plot([length + shift for length in LENGTHS], means, color=colour, linewidth=0.8)
     handles, labels = axes.get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
     axes.legend(known.values(), known.keys(), frameon=False)
     axes.set(xlabel="characters of the lock", ylabel="FLOPs, collecting included", yscale="log")
-    axes.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=110)
 
 
@@ -184,7 +184,7 @@ def main() -> None:
         for arm in ARMS:
             found = [cost(one) for one in detail[f"{arm}/{length}"]]
             solved = [c for c in found if c is not None]
-            last = [one["held_out"][-1][1] for one in detail[f"{arm}/{length}"]]
+            last = [one["curve"][-1][2] for one in detail[f"{arm}/{length}"]]
             end = f"{arm}_{length}"
             summary[f"solved_{end}"] = len(solved) / len(found)
             summary[f"flops_{end}"] = fmean(solved) if len(solved) == len(found) else None

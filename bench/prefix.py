@@ -22,8 +22,8 @@ successes by itself.
 
 `reroll collect` runs once a task and seed; what that cost is charged to every arm that uses its
 traces, and every arm ends when it has spent as much plus TRAINING. Every arm runs at each of RATES;
-its own is the one that is best on the other seeds. The optimizer is that of two published large
-runs (AdamW with beta2 .95: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786).
+its own is the one that is best on the other seeds, and so is the variant of PrefixRL of which
+claims are made.
 
 FLOPs are counted as the paper does, from the first collected token on, evaluations apart. Reward is
 that of held-out problems without prefix. Intervals are Student's t over seeds.
@@ -39,7 +39,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from bench.common import Parts, arguments, interval, table
+from bench.common import Parts, arguments, interval, reached, table
 from bench.custom_policy import custom_policy, write_problems
 from bench.prefix_plots import draw, draw_ladder
 from bench.slip_policy import slip_policy
@@ -70,6 +70,7 @@ ARMS: dict[str, dict[str, str]] = {
 SOME = ("rl8", "sft_rl", "uniform", "target")
 """arms of the other tasks"""
 OURS = ("uniform", "target", "along")
+"""variants of PrefixRL"""
 PLAIN = ("rl8", "rl64")
 """arms without traces"""
 COMMON = {
@@ -178,29 +179,20 @@ def final(one: Run) -> float:
     return one["curve"][-1][2]
 
 
-def best_rates(runs: dict[str, list[Run]]) -> list[str]:
-    """For each seed the rate that ends best on the others; runs: of each rate, a seed each. Of
-    equals the highest, with which plain RL gets further from a rare success."""
-    chosen = []
-    for seed in range(len(next(iter(runs.values())))):
-        ends = {
-            rate: sum(final(one) for other, one in enumerate(its) if other != seed)
-            for rate, its in runs.items()
-        }
-        chosen.append(max(ends, key=lambda rate: (ends[rate], float(rate))))
-    return chosen
+def best_elsewhere(runs: dict[str, list[Run]]) -> list[str]:
+    """For each seed the name (a rate, an arm) that ends best on the others, so that what is
+    reported of a seed was not chosen by it; of equals the last. runs: of each name, a seed each.
+    """
+    chosen, names = [], list(runs)
+    for seed in range(len(runs[names[0]])):
+        ends = [sum(final(x) for i, x in enumerate(runs[name]) if i != seed) for name in names]
+        chosen.append(max(range(len(names)), key=lambda index, ends=ends: (ends[index], index)))
+    return [names[index] for index in chosen]
 
 
-def reached(one: Run, reward: float) -> float | None:
-    """FLOPs at which a run first has this held-out reward, straight between evaluations."""
-    before: tuple[float, float] | None = None
-    for _, flops, now in one["curve"]:
-        if now >= reward:
-            if before is None or now <= before[1]:
-                return flops
-            return before[0] + (flops - before[0]) * (reward - before[1]) / (now - before[1])
-        before = (flops, now)
-    return None
+def picked(runs: dict[str, list[Run]], names: Sequence[str]) -> list[Run]:
+    """The run of each seed under its own name."""
+    return [runs[name][seed] for seed, name in enumerate(names)]
 
 
 def versus(ours: Sequence[Run], rivals: Sequence[Run], held_out: int) -> dict[str, list[float]]:
@@ -217,7 +209,8 @@ def claims(
     live = [one["steps"]["live_groups"] for one in arms["rl8"]]
     found["gate_live_share"] = [fmean(shares[:10]) for shares in live]
     found["gate_live_share_30"] = [fmean(shares[25:35] or shares) for shares in live]
-    ours = max((arms[arm] for arm in OURS), key=lambda its: fmean(map(final, its)))
+    variants = {arm: arms[arm] for arm in OURS}
+    ours = picked(variants, best_elsewhere(variants))
     compared = versus(ours, arms["rl8"], held_out)
     found["final_vs_rl8"], found["final_minus_rl8"] = compared["vs"], compared["minus"]
     found["back_generalisation"] = [final(one) - one["curve"][0][2] for one in arms["prefix_only"]]
@@ -228,7 +221,7 @@ def claims(
     found["flops_to_sft_rl"], found["flops_to_sft_rl_after_collecting"] = [], []
     for one, rival, spent in zip(ours, arms["sft_rl"], collected, strict=True):
         equal = 0.9 * min(final(one), final(rival))
-        mine, its = reached(one, equal), reached(rival, equal)
+        mine, its = reached(one["curve"], equal), reached(rival["curve"], equal)
         if equal >= 1 / held_out and mine and its:
             begun = spent["flops_paper"]
             found["flops_to_sft_rl"].append(mine / its)
@@ -287,10 +280,8 @@ def report(
             arm: {rate: [its[f"{arm}/{rate}"] for its in of_seeds] for rate in rates}
             for arm in arms_of(task, quick)
         }
-        chosen = {arm: best_rates(its) for arm, its in grid.items()}
-        arms = {
-            arm: [grid[arm][rate][index] for index, rate in enumerate(chosen[arm])] for arm in grid
-        }
+        chosen = {arm: best_elsewhere(its) for arm, its in grid.items()}
+        arms = {arm: picked(grid[arm], chosen[arm]) for arm in grid}
         collected = [its["collected"] for its in of_seeds]
         held_out = int((QUICK if quick else TASKS[task])["task.eval_size"])
         if task == "hard":

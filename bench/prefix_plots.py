@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from reroll.plot import rungs_of
+
 DOCS = Path(__file__).parent.parent / "docs" / "techniques"
 COLOURS = {
     "rl8": "#777777", "rl64": "#bbbbbb", "sft_rl": "#ccbb44", "hint": "#aa3377",
@@ -26,7 +28,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 def draw(runs: Runs, task: str) -> None:
     """`docs/techniques/prefix_TASK.png`: reward against FLOPs, seeds thin, their mean thick."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for arm, seeds in runs.items():
         curves = [list(zip(*one["curve"], strict=True)) for one in seeds]
         for _, flops, reward in curves:
@@ -43,9 +45,8 @@ def draw(runs: Runs, task: str) -> None:
 
 def draw_ladder(runs: Runs) -> None:
     """`docs/techniques/prefix_ladder.png`: success by the share of the trace that is given."""
-    figure, axes = _axes()
-    first = next(iter(runs.values()))[0]["ladder"][0]
-    rungs = sorted(float(key[7:]) for key in first if key[7:].replace(".", "").isdigit())
+    figure, axes = new_axes()
+    rungs = rungs_of(runs["uniform"][0]["ladder"][0])
     keys = [f"ladder@{rung:g}" for rung in rungs]
     begun = [fmean(one["ladder"][0][key] for one in runs["uniform"]) for key in keys]
     axes.plot(rungs, begun, ":", color="black", label="at the start")
@@ -57,7 +58,8 @@ def draw_ladder(runs: Runs) -> None:
     figure.savefig(DOCS / "prefix_ladder.png", dpi=110)
 
 
-def _axes() -> tuple[Any, Any]:
+def new_axes() -> tuple[Any, Any]:
+    """A figure without a display, and its one panel."""
     figure = Figure(figsize=(6.6, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

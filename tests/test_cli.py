@@ -409,8 +409,5 @@ def test_there_are_commands_with_recipes_in_the_docs() -> None:
 
 @pytest.mark.parametrize("words", WRITTEN, ids=" ".join)
 def test_a_command_of_the_docs_is_understood(words: list[str]) -> None:
-    recipe, *rest = words[2:]
-    flags = {"collect": ["--out"], "train": []}[words[1]]  # what is no setting, with its value
-    at = [rest.index(flag) for flag in flags if flag in rest]
-    settings = [word for i, word in enumerate(rest) if i not in at and i - 1 not in at]
-    load_config(ROOT / recipe, parse_overrides(settings))
+    others, settings = split_settings(words)
+    load_config(ROOT / others[2], parse_overrides(settings))

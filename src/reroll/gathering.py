@@ -66,9 +66,7 @@ def collect_traces(
             cuts = cuts_of(config, parts.start, parts.decode)
             report |= probe(config, parts, store, cuts, probes)
             report |= store.ledger()
-        count = config.rollout.samples
-        report["factor"] = _cost("original", report, count) / _cost("prefixed", report, count)
-        report["worth"] = report["attempts"] * _live("original", report, count) / count
+        judge(report, config.rollout.samples)
     console.print(_table(report))
     if probes:
         console.print(_verdict(report, config), soft_wrap=True)
@@ -123,6 +121,17 @@ def _report(config: Config, store: TraceStore) -> dict[str, Any]:
         "attempts": sum(one.attempts for one in tried),
         **store.ledger(),
     }
+
+
+def judge(report: dict[str, Any], samples: int) -> None:
+    """Add what decides it: `factor`, how many times as much a live group costs without a prefix,
+    and `worth`, such groups that sampling would have found for the attempts at the traces.
+
+    samples: rollouts of a group.
+    """
+    costs = [_cost(name, report, samples) for name in ("original", "prefixed")]
+    report["factor"] = costs[0] / costs[1]
+    report["worth"] = report["attempts"] * _live("original", report, samples) / samples
 
 
 def _live(name: str, report: dict[str, Any], samples: int) -> float:

@@ -121,11 +121,16 @@ def _parts(axis: Any, steps: Sequence[dict[str, Any]]) -> None:
     axis.legend(loc="best", frameon=False)
 
 
+def rungs_of(evaluation: dict[str, Any]) -> list[float]:
+    """Shares of a trace from which an evaluation measured success."""
+    return sorted(float(key[7:]) for key in evaluation if re.fullmatch(r"ladder@[\d.]+", key))
+
+
 def _ladder(axis: Any, evaluations: Sequence[dict[str, Any]]) -> None:
     """Success from each share of a trace, an evaluation a line, later ones darker."""
     climbed = [r for r in evaluations if any(key.startswith("ladder@") for key in r)]
     for index, record in enumerate(climbed):
-        rungs = sorted(float(k[7:]) for k in record if re.fullmatch(r"ladder@[\d.]+", k))
+        rungs = rungs_of(record)
         ends = index in (0, len(climbed) - 1)
         axis.plot(
             rungs,

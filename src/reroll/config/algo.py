@@ -192,7 +192,7 @@ class TrainSection(Section):
         default=0.0,
         ge=0,
         description="end after the step with which flops_total_paper (traces, rollouts, training) "
-        "has reached this, train.steps at the latest; 0: no such end",
+        "has reached this, train.steps at the latest, by which schedules go all the same; 0: never",
     )
     minibatches: int = Field(
         default=1, ge=1, description="optimizer steps a batch and epoch; groups stay whole"

@@ -186,11 +186,6 @@ class Mix:
             share = self.known[row].share
         return self.place(prompt, trace, prefix.cut_at(trace, config, share))
 
-    def _gives(self, row: int) -> bool:
-        """Whether a problem's share comes to a token; with steered cuts."""
-        trace = self.traces.get(row)
-        return trace is None or prefix.cut_at(trace, self.config, self.known[row].share) >= 1
-
     def cuts(self, trace: Trace) -> list[int]:
         """Where a trace is cut, under the rules that draw this once."""
         if trace.id not in self._cuts:
@@ -213,7 +208,8 @@ class Mix:
                     known.share = prefix.next_share(self.config, known.share, rate, not alive)
                 known.failed = False
                 continue
-            if self.config.steers and not self._gives(row):
+            trace = self.traces.get(row) if self.config.steers else None
+            if trace is not None and prefix.cut_at(trace, self.config, known.share) < 1:
                 # nothing is given any more; should it fail again, something is
                 known.share = prefix.next_share(self.config, known.share, rate, not alive)
             count = len(group.rollouts) + len(group.pruned)
